@@ -1,0 +1,209 @@
+"""Writing the activation cache: one pass through the model, resumable at any moment, the same bytes either way."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.activations.reading import CHUNK, ActivationCache, SiteStatistics
+from trimtab.checkpoint import file_sha256, fingerprint, load_tensors, read_json, remove, save_tensors, write_json
+from trimtab.corpus import Batch, Blocks
+from trimtab.errors import InputError
+from trimtab.interventions import capture
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+FORMAT = 1
+OUTLIER_FACTOR = 4.0
+
+
+@dataclass(frozen=True)
+class ActivationsConfig:
+    """What to capture, and how it is laid out."""
+
+    sites: tuple[int, ...] = (14,)
+    """Decoder blocks, counted from 0, after which the residual stream is taken."""
+    train_tokens: int = 400_000
+    """Budget of the train split, in tokens."""
+    test_tokens: int = 60_000
+    """Budget of the test split, in tokens."""
+    val_tokens: int = 20_000
+    """Budget of the validation split, in tokens."""
+    batch_blocks: int = 16
+    """Blocks in one forward pass."""
+    shard_blocks: int = 512
+    """Blocks in one shard; a multiple of batch_blocks."""
+    compute_dtype: str = "bfloat16"
+    """Precision of the forward pass: bfloat16 or float32. The cache itself is bf16."""
+
+    def __post_init__(self) -> None:
+        if not self.sites or len(set(self.sites)) != len(self.sites):
+            raise InputError(f"activations: sites must be distinct block indices, not {list(self.sites)}.")
+        for name in ("train_tokens", "test_tokens", "val_tokens", "batch_blocks", "shard_blocks"):
+            if getattr(self, name) < 1:
+                raise InputError(f"activations: {name} must be positive, not {getattr(self, name)}.")
+        if self.shard_blocks % self.batch_blocks:
+            raise InputError(
+                f"activations: shard_blocks must be a multiple of batch_blocks = {self.batch_blocks}, "
+                f"not {self.shard_blocks}."
+            )
+        if self.compute_dtype not in ("bfloat16", "float32"):
+            raise InputError(f"activations: compute_dtype must be bfloat16 or float32, not {self.compute_dtype!r}.")
+
+
+def write_cache(
+    folder: Path,
+    wrapped: "TransformersModel",
+    blocks: Blocks,
+    config: ActivationsConfig,
+    *,
+    identity: dict[str, Any],
+    bos: int | None,
+    pad: int,
+    reference: "ActivationCache | None" = None,
+) -> dict[str, Any]:
+    """Capture `blocks` into `folder` and return the manifest. Killed at any moment, a second call resumes it.
+
+    `identity` says which model and tokenizer the activations are of. `reference` is the train cache, whose threshold,
+    mean and scale are taken over; without one they are computed here. Raises InputError where the folder holds a cache
+    of another identity, or a finished shard no longer has its checksum.
+    """
+    complete_identity = {**identity, "blocks": blocks.digest, "config": asdict(config), "format": FORMAT}
+    mark = fingerprint(complete_identity)
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "manifest.json").exists():
+        manifest = read_json(folder / "manifest.json")
+        _refuse_foreign(folder, manifest["fingerprint"], mark)
+        return manifest
+    done = _resume(folder, mark)
+    device = next(wrapped._module.parameters()).device
+    starts = range(0, len(blocks), config.shard_blocks)
+    bar = tqdm(total=blocks.tokens, desc=f"capture {folder.name}", unit="token", mininterval=1)
+    for index, start in enumerate(starts):
+        name = f"shard-{index:05d}.safetensors"
+        if index < len(done):
+            bar.update(done[index]["tokens"])
+            continue
+        stop = min(start + config.shard_blocks, len(blocks))
+        parts: list[dict[str, Tensor]] = []
+        for batch in blocks.batches(start, stop, config.batch_blocks, pad, bos):
+            captured = capture(wrapped, batch.input_ids.to(device), batch.attention_mask.to(device), config.sites)
+            parts.append(_rows(batch, captured))
+            bar.update(int(batch.attention_mask.sum()) - batch.lead * len(batch.input_ids))
+        rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
+        save_tensors(folder / name, rows, {"fingerprint": mark, "index": str(index)})
+        tokens = int(blocks.table["length"][start:stop].sum())
+        count = {"name": name, "rows": len(rows["token"]), "blocks": stop - start, "tokens": tokens}
+        done.append({**count, "sha256": file_sha256(folder / name)})
+        write_json(folder / "journal.json", {"fingerprint": mark, "shards": done})
+    bar.close()
+    return _finish(folder, complete_identity, mark, done, config.sites, reference)
+
+
+def _rows(batch: Batch, captured: dict[int, Tensor]) -> dict[str, Tensor]:
+    """Flatten one batch to rows, without padding and without the first position of each pass."""
+    keep = batch.attention_mask.bool()
+    keep[:, 0] = False
+    within = torch.arange(keep.shape[1]) - batch.lead
+    rows: dict[str, Tensor] = {
+        "token": batch.input_ids[keep].int(),
+        "document": batch.document[:, None].expand_as(keep)[keep].int(),
+        "position": (batch.start[:, None] + within)[keep].int(),
+    }
+    norms = []
+    for site, hidden in captured.items():
+        kept = hidden.cpu()[keep].bfloat16()
+        rows[f"layers.{site}"] = kept
+        norms.append(kept.float().norm(dim=1))
+    rows["norms"] = torch.stack(norms, dim=1)
+    return rows
+
+
+def _resume(folder: Path, mark: str) -> list[dict[str, Any]]:
+    """The shards that an earlier, interrupted call finished; what it left half-done is deleted."""
+    journal = folder / "journal.json"
+    done: list[dict[str, Any]] = []
+    if journal.exists():
+        saved = read_json(journal)
+        _refuse_foreign(folder, saved["fingerprint"], mark)
+        done = saved["shards"]
+        for shard in done:
+            if not (folder / shard["name"]).is_file() or file_sha256(folder / shard["name"]) != shard["sha256"]:
+                raise InputError(f"{folder / shard['name']} is damaged or missing: delete {folder} and run again.")
+    named = {shard["name"] for shard in done} | {"journal.json"}
+    for path in folder.iterdir():
+        if path.name not in named:
+            remove(path)
+    return done
+
+
+def _refuse_foreign(folder: Path, found: str, mark: str) -> None:
+    if found != mark:
+        raise InputError(f"{folder} holds activations of another model, text or configuration: delete it first.")
+
+
+def _finish(
+    folder: Path,
+    identity: dict[str, Any],
+    mark: str,
+    shards: list[dict[str, Any]],
+    sites: tuple[int, ...],
+    reference: ActivationCache | None,
+) -> dict[str, Any]:
+    handles = [safe_open(str(folder / shard["name"]), framework="pt") for shard in shards]
+    norms = torch.cat([handle.get_tensor("norms") for handle in handles])
+    statistics: dict[str, Any] = {}
+    means: dict[str, Tensor] = {}
+    for column, site in enumerate(sites):
+        key, site_norms = f"layers.{site}", norms[:, column]
+        median = float(site_norms.median())
+        taken = reference.manifest["sites"][str(site)] if reference else None
+        threshold = taken["threshold"] if taken else OUTLIER_FACTOR * median
+        kept = int((site_norms <= threshold).sum())
+        if reference and taken:
+            means[key] = load_tensors(reference.folder / "means.safetensors")[0][key]
+            scale = taken["scale"]
+        else:
+            means[key], scale = _mean_and_scale(handles, shards, key, column, threshold)
+        found = SiteStatistics(median, float(site_norms.max()), threshold, len(site_norms) - kept, kept, scale)
+        statistics[str(site)] = asdict(found)
+    save_tensors(folder / "means.safetensors", means)
+    rows = sum(shard["rows"] for shard in shards)
+    tokens = sum(shard["tokens"] for shard in shards)
+    lead = sum(shard["blocks"] for shard in shards)
+    manifest = {
+        "format": FORMAT,
+        "fingerprint": mark,
+        "identity": identity,
+        "shards": shards,
+        "rows": rows,
+        "corpus_tokens": tokens,
+        "first_positions_excluded": lead,
+        "sites": statistics,
+    }
+    manifest = json.loads(json.dumps(manifest))
+    write_json(folder / "manifest.json", manifest)
+    (folder / "journal.json").unlink()
+    return manifest
+
+
+def _mean_and_scale(
+    handles: list[Any], shards: list[dict[str, Any]], key: str, column: int, threshold: float
+) -> tuple[Tensor, float]:
+    """Mean over kept rows, and 1 / root mean square of the centred ones; one streaming pass, sums in fp64."""
+    total, squares, count = torch.zeros(()), 0.0, 0
+    for handle, shard in zip(handles, shards, strict=True):
+        for start in range(0, shard["rows"], CHUNK):
+            chunk = slice(start, min(start + CHUNK, shard["rows"]))
+            keep = handle.get_slice("norms")[chunk][:, column] <= threshold
+            x = handle.get_slice(key)[chunk][keep].double()
+            total, squares, count = total + x.sum(0), squares + float(x.square().sum()), count + len(x)
+    mean = total / count
+    variance = (squares / count - float(mean.square().sum())) / len(mean)
+    return mean.float(), variance**-0.5

@@ -1,0 +1,135 @@
+"""Files that are either whole or absent: atomic writes, digests, and checkpoints that resume.
+
+A write goes to a neighbour named `.<name>.partial-<pid>`, is flushed to disk, and takes its place by one rename, so a
+process killed at any moment leaves the old file or the new one. Nothing here pickles.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trimtab.errors import InputError
+
+
+def file_sha256(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(value: Any) -> str:
+    """Hex SHA-256 of a JSON-serialisable value; equal values give equal digests, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+@contextmanager
+def atomic(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success it becomes `path` (a file or a folder), on failure nothing is left.
+
+    Partial writes of earlier processes that were killed are removed on the way.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.partial-*"):
+        remove(stale)
+    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
+    try:
+        yield partial
+        _flush(partial)
+        if path.is_dir():  # a rename cannot replace a folder that holds files
+            shutil.rmtree(path)
+        partial.replace(path)
+    finally:
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or a folder; a missing one is fine."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as indented JSON with sorted keys, atomically."""
+    with atomic(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON. Raises InputError naming the file when it is missing or is not JSON."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run the stage that writes it (`dvc repro`).") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON ({error}): delete it and run its stage again.") from None
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as one safetensors file, atomically."""
+    with atomic(path) as partial:
+        contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, str(partial), dict(metadata or {}))
+
+
+def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: (tensors by name, metadata). Raises InputError naming a missing or damaged file."""
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: run the stage that writes it (`dvc repro`).") from None
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and run its stage again.") from None
+
+
+class Checkpoint:
+    """A resumable state: flat tensors and a small JSON-able record, in one safetensors file.
+
+    `identity` says what the state belongs to (configuration, data, seed). A checkpoint of another identity is not an
+    error: it is of another run, and is ignored and in time overwritten.
+    """
+
+    def __init__(self, path: Path | None, identity: Any) -> None:
+        self.path = path
+        self.identity = fingerprint(identity)
+
+    def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+        """Replace the checkpoint. Does nothing without a path."""
+        if self.path is not None:
+            save_tensors(self.path, tensors, {"identity": self.identity, "record": json.dumps(dict(record))})
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The saved (tensors, record), or None where there is none for this identity."""
+        if self.path is None or not self.path.exists():
+            return None
+        tensors, metadata = load_tensors(self.path)
+        if metadata.get("identity") != self.identity:
+            return None
+        return tensors, json.loads(metadata["record"])
+
+    def discard(self) -> None:
+        """Delete the checkpoint, once its result is safe elsewhere."""
+        if self.path is not None:
+            self.path.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    files: list[Path] = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
+    opener: Callable[[Path], int] = lambda p: os.open(p, os.O_RDONLY)  # noqa: E731
+    for file in files:
+        descriptor = opener(file)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,124 @@
+"""The command line: run a notebook as a stage, fetch inputs, report, compose a scale, copy the project."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from trimtab.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+
+@app.command()
+def run(
+    notebook: Annotated[Path, typer.Argument(help="Source notebook, relative to the repository's root.")],
+    section: Annotated[list[str] | None, typer.Option(help="Section of params.yaml to inject; repeatable.")] = None,
+    out: Annotated[
+        list[str] | None, typer.Option(help="NAME=PATH of an output the notebook writes; repeatable.")
+    ] = None,
+    set: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of a single parameter; repeatable.")] = None,
+    record: Annotated[Path | None, typer.Option(help="Executed notebook [records/NOTEBOOK].")] = None,
+    cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None,
+) -> None:
+    """Execute a notebook with sections of params.yaml, and keep it as a record."""
+    from trimtab.pipeline.run import run_notebook
+
+    code = run_notebook(
+        notebook,
+        record or Path("records") / notebook.name,
+        root=_root(),
+        sections=section or [],
+        settings={name: yaml.safe_load(value) for name, value in _pairs(set, "--set").items()},
+        outputs={name: Path(value) for name, value in _pairs(out, "--out").items()},
+        cell_timeout=cell_timeout,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def fetch(
+    section: Annotated[str, typer.Option(help="Section of params.yaml that names model and texts.")] = "fetch",
+    data: Annotated[Path, typer.Option(help="Folder to fetch into.")] = Path("data"),
+) -> None:
+    """Fetch weights and raw texts into data/model and data/text."""
+    from trimtab.checkpoint import atomic
+    from trimtab.pipeline.parameters import read_sections
+    from trimtab.pretrained import fetch_model
+    from trimtab.texts import fetch_text, slug
+
+    root = _root()
+    values = read_sections(root / "params.yaml", [section])[section]
+    unknown = set(values) ^ {"model", "texts", "documents"}
+    if unknown:
+        raise InputError(f"Section `{section}` holds exactly model, texts and documents; `{unknown.pop()}` is off.")
+    typer.echo(f"fetch: {values['model']}", err=True)
+    fetch_model(values["model"], root / data / "model")
+    with atomic(root / data / "text") as folder:
+        for source in values["texts"]:
+            typer.echo(f"fetch: {source}", err=True)
+            fetch_text(source, folder / slug(source), limit=values["documents"])
+
+
+@app.command()
+def report(
+    output: Annotated[Path, typer.Option(help="Page to write.")] = Path("records/README.md"),
+    figures: Annotated[Path, typer.Option(help="Folder for its pictures.")] = Path("records/figures"),
+) -> None:
+    """Render records/README.md from the executed notebooks and their results."""
+    from trimtab.pipeline.report import write_report
+
+    root = _root()
+    write_report(root, root / output, root / figures)
+
+
+@app.command()
+def compose(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides such as sae.steps=100.")] = None,
+    scale: Annotated[str, typer.Option(help="smoke | laptop | gpu | paper.")] = "laptop",
+    output: Annotated[Path, typer.Option(help="File to write.")] = Path("params.yaml"),
+) -> None:
+    """Compose params.yaml from conf/, as `dvc exp run -S scale=...` does."""
+    from trimtab.pipeline.scales import compose as compose_params
+
+    root = _root()
+    compose_params(root, root / output, scale, overrides or [])
+
+
+@app.command()
+def copy(
+    target: Annotated[Path, typer.Argument(help="Folder to make; replaced when it exists.")],
+    scale: Annotated[str, typer.Option(help="smoke | laptop | gpu | paper.")] = "smoke",
+) -> None:
+    """Copy the working tree to a repository of its own, at another scale."""
+    from trimtab.pipeline.scales import copy_project
+
+    copy_project(_root(), target.resolve(), scale)
+
+
+def main() -> None:
+    """Entry point: bad input is one sentence, not a traceback."""
+    # Progress bars of libraries would swamp a log; the runner shows its own line.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        app()
+    except InputError as error:
+        typer.echo(f"trimtab: {error}", err=True)
+        sys.exit(2)
+
+
+def _root() -> Path:
+    from trimtab.pipeline.root import project_root
+
+    return project_root()
+
+
+def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
+    pairs = [item.partition("=") for item in given or []]
+    for name, equals, _ in pairs:
+        if not equals or not name.isidentifier():
+            raise InputError(f"{option} {name!r} is not NAME=VALUE.")
+    return {name: value for name, _, value in pairs}

@@ -1,0 +1,129 @@
+"""records/README.md: what the executed notebooks found, rendered from their records and results."""
+
+import base64
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nbformat import NotebookNode
+
+from trimtab.checkpoint import atomic, read_json
+from trimtab.claims import Verdict, verdict_table
+from trimtab.errors import InputError
+from trimtab.pipeline.records import PROVENANCE, read_record
+
+FIGURE_TAG = "figure"
+"""Tag of the cell whose picture stands for the record."""
+SHOWN_METRICS = 40
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One stage: its record and its results."""
+
+    name: str
+    """Path under records/ without suffix, such as `sae/topk-8`."""
+    record: NotebookNode
+    metrics: Mapping[str, Any]
+    verdicts: list[Verdict]
+
+    @property
+    def title(self) -> str:
+        """The first heading of the notebook."""
+        for cell in self.record.cells:
+            if heading := re.match(r"# +(.+)", cell.source):
+                return heading.group(1)
+        return self.name
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """The rows of the provenance cell."""
+        for cell in self.record.cells:
+            if PROVENANCE in cell.metadata.get("tags", []):
+                return dict(re.findall(r"^\| ([a-z][a-z ]*) \| (.*) \|$", cell.source, flags=re.MULTILINE))
+        return {}
+
+
+def write_report(root: Path, output: Path, figures: Path) -> None:
+    """Render every record that has results under data/results/. Raises InputError for a failed record."""
+    entries = list(read_entries(root))
+    if not entries:
+        raise InputError("data/results holds no results: run `dvc repro`.")
+    with atomic(figures) as folder:
+        folder.mkdir(parents=True)
+        pictures = {entry.name: picture for entry in entries if (picture := _save_figure(entry, folder))}
+    with atomic(output) as partial:
+        partial.write_text("\n".join(_render(entries, pictures, figures.name)) + "\n", encoding="utf-8")
+
+
+def read_entries(root: Path) -> Iterator[Entry]:
+    """Pairs of data/results/NAME.json and records/NAME.ipynb, oldest stage first (by name within a folder)."""
+    for path in sorted((root / "data/results").rglob("*.json"), key=lambda p: (len(p.parts), str(p))):
+        name = str(path.relative_to(root / "data/results").with_suffix(""))
+        file = root / "records" / f"{name}.ipynb"
+        if not file.is_file():
+            continue
+        record = read_record(file)
+        if record.metadata.get("trimtab", {}).get("status") != "complete":
+            raise InputError(f"{file} is the record of a failed run: run its stage again before reporting.")
+        results = read_json(path)
+        yield Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])
+
+
+def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> Iterator[str]:
+    yield "# Records\n"
+    yield (
+        "Written by the `report` stage from the executed notebooks; do not edit. The notebooks themselves are in "
+        "the DVC cache: after `dvc repro` (or `dvc pull`) the links below open them.\n"
+    )
+    yield "## Claims\n"
+    verdicts = [verdict for entry in entries for verdict in entry.verdicts]
+    yield verdict_table(verdicts) if verdicts else "No stage has judged a claim yet."
+    yield ""
+    judged = [entry for entry in entries if entry.verdicts]
+    for entry in [*judged, *(entry for entry in entries if not entry.verdicts)]:
+        yield from _render_entry(entry, pictures.get(entry.name), folder)
+
+
+def _render_entry(entry: Entry, picture: str | None, folder: str) -> Iterator[str]:
+    source = entry.record.metadata["trimtab"]["notebook"]
+    row = entry.provenance
+    yield f"## {entry.title} · `{entry.name}`\n"
+    yield f"[record]({entry.name}.ipynb) · [source](../{source}) · commit {row.get('commit', 'unknown')}"
+    yield f"· {row.get('wall time', '?')} · {row.get('peak memory', '?')}\n"
+    if picture:
+        yield f"![{entry.title}]({folder}/{picture})\n"
+    flat = list(_flatten(entry.metrics))
+    yield "| metric | value |\n|---|---|"
+    yield from (f"| {name} | {_number(value)} |" for name, value in flat[:SHOWN_METRICS])
+    if len(flat) > SHOWN_METRICS:
+        yield f"| ... | {len(flat) - SHOWN_METRICS} more in `data/results/{entry.name}.json` |"
+    yield f"\nParameters: {row.get('parameters', '')}\n"
+    yield f"Made with {row.get('versions', '')}; on {row.get('hardware', '')}.\n"
+
+
+def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _flatten(item, f"{prefix} {key}".strip())
+    else:
+        yield prefix, value
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def _save_figure(entry: Entry, folder: Path) -> str | None:
+    for cell in entry.record.cells:
+        if FIGURE_TAG in cell.metadata.get("tags", []):
+            for output in cell.get("outputs", []):
+                if png := output.get("data", {}).get("image/png"):
+                    name = f"{entry.name.replace('/', '-')}.png"
+                    (folder / name).write_bytes(base64.b64decode(png))
+                    return name
+    return None

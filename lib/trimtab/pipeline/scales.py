@@ -1,0 +1,45 @@
+"""Scales: compose params.yaml from conf/ through DVC's own Hydra support, and copy the project to run another scale."""
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimtab.errors import InputError
+
+
+def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence[str] = ()) -> None:
+    """Write to `output` what `dvc exp run -S scale=<scale> -S <override> ...` would make of params.yaml."""
+    from dvc.exceptions import DvcException
+    from dvc.utils.hydra import compose_and_dump
+
+    scales = sorted(path.stem for path in (root / "conf/scale").glob("*.yaml"))
+    if scale not in scales:
+        raise InputError(f"{scale!r} is not a scale: choose one of {', '.join(scales)}.")
+    try:
+        compose_and_dump(
+            output, str((root / "conf").resolve()), None, "config", str(root), [f"scale={scale}", *overrides]
+        )
+    except DvcException as error:
+        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        raise InputError(f"conf/ does not compose with {' '.join(overrides)}: {reason}") from error
+
+
+def copy_project(root: Path, target: Path, scale: str) -> None:
+    """Copy the working tree (what git tracks or would track) to `target`, a repository of its own, at another scale.
+
+    Nothing is shared with the original: neither the DVC cache nor what was last produced.
+    """
+    listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    names = subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0")
+    shutil.rmtree(target, ignore_errors=True)
+    for name in filter(None, names):
+        source = root / name
+        if source.is_file():  # a file deleted but still tracked is no part of the working tree
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name)
+    (target / "dvc.lock").unlink(missing_ok=True)
+    compose(target, target / "params.yaml", scale)
+    identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
+    for arguments in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", f"scale={scale}"]):
+        subprocess.run(["git", "-C", str(target), *arguments], check=True)

