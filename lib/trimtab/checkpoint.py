@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trimtab.errors import InputError
+
+METADATA = "trimtab"
+"""Key under which a safetensors file of ours holds its metadata, as JSON."""
 
 
 def file_sha256(path: Path) -> str:
@@ -60,9 +63,9 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON with sorted keys, atomically."""
+    """Write `value` as indented JSON, atomically."""
     with atomic(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -76,21 +79,27 @@ def read_json(path: Path) -> Any:
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically."""
+    """Write tensors as one safetensors file, atomically; equal contents give equal bytes."""
     with atomic(path) as partial:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, str(partial), dict(metadata or {}))
+        # One key: safetensors writes several in random order.
+        save_file(contiguous, str(partial), {METADATA: json.dumps(dict(metadata or {}), sort_keys=True)})
 
 
 def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
     """Read a safetensors file: (tensors by name, metadata). Raises InputError naming a missing or damaged file."""
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}, metadata_of(file)  # noqa: SIM118
     except FileNotFoundError:
         raise InputError(f"{path} is missing: run the stage that writes it (`dvc repro`).") from None
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}): delete it and run its stage again.") from None
+
+
+def metadata_of(file: Any) -> dict[str, str]:
+    """The metadata that `save_tensors` gave an open safetensors file; empty for files of others."""
+    return json.loads((file.metadata() or {}).get(METADATA, "{}"))
 
 
 class Checkpoint:
@@ -125,10 +134,8 @@ class Checkpoint:
 
 
 def _flush(path: Path) -> None:
-    files: list[Path] = [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]
-    opener: Callable[[Path], int] = lambda p: os.open(p, os.O_RDONLY)  # noqa: E731
-    for file in files:
-        descriptor = opener(file)
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        descriptor = os.open(file, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:

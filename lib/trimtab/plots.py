@@ -26,4 +26,5 @@ def figure(columns: int = 1, *, width: float = 5.4, height: float = 3.8) -> tupl
         }
     )
     made, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)
+    plt.close(made)  # a notebook shows the figure it returns; without this it would show it twice
     return made, list(axes[0])

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trimtab.checkpoint import file_sha256, load_tensors, read_json
+from trimtab.checkpoint import file_sha256, load_tensors, metadata_of, read_json
 from trimtab.errors import InputError
 
 CHUNK = 8192
@@ -127,6 +127,6 @@ def _open_shard(folder: Path, shard: dict[str, Any], manifest: dict[str, Any], c
         handle = safe_open(str(path), framework="pt")
     except SafetensorError as error:
         raise InputError(f"{path} is damaged ({error}): delete {folder} and capture again.") from None
-    if (handle.metadata() or {}).get("fingerprint") != manifest["fingerprint"]:
+    if metadata_of(handle).get("fingerprint") != manifest["fingerprint"]:
         raise InputError(f"{path} belongs to another cache: delete {folder} and capture again.")
     return handle

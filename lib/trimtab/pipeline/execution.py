@@ -23,6 +23,7 @@ from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
 from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
+from papermill.execute import remove_error_markers
 
 from trimtab.pipeline.terminal import Terminal
 
@@ -70,6 +71,7 @@ def execute(
             )
     except PapermillExecutionError as error:
         execution.failure, execution.exit_code = f"{error.ename}: {_first_line(error.evalue)}", 1
+        remove_error_markers(execution.notebook)  # the record has marks of its own
     except CellTimeoutError:
         execution.failure, execution.exit_code = f"the cell took longer than its limit of {cell_timeout} s", 1
     except DeadKernelError:

@@ -53,7 +53,7 @@ def read_sections(path: Path, sections: Sequence[str]) -> dict[str, dict[str, An
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     for section in sections:
         if not isinstance(content.get(section), dict):
-            raise InputError(f"{path} has no section `{section}`{_nearest(section, content)}.")
+            raise InputError(f"{path} has no section `{section}`{_nearest(section, content)}")
     return {section: content[section] for section in sections}
 
 
@@ -75,11 +75,12 @@ def collect(
     for where, values in [*sources, ("the command line", settings)]:
         for key, value in values.items():
             if key not in declared:
-                raise InputError(f"`{key}` of {where} is no parameter of {name}{_nearest(key, declared)}.")
+                raise InputError(f"`{key}` of {where} is no parameter of {name}{_nearest(key, declared)}")
             if key in parameters:
                 raise InputError(f"`{key}` comes from {origin[key]} and from {where}: keep one of them for {name}.")
             try:
-                parameters[key] = _adapter(declared[key][0]).validate_python(value, strict=True)
+                adapter = TypeAdapter(declared[key][0], config=ConfigDict(allow_inf_nan=False))
+                parameters[key] = adapter.validate_python(value, strict=True)
             except ValidationError:
                 raise InputError(
                     f"`{key}` of {where} is {value!r}, which does not fit {name}: "
@@ -103,14 +104,10 @@ def _type(annotation: ast.expr | None, default: Any, where: str) -> Any:
     return Any if default is None else type(default)
 
 
-def _adapter(kind: Any) -> TypeAdapter[Any]:
-    return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False))
-
-
 def _spell(kind: Any) -> str:
     return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
 
 
 def _nearest(key: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else f"; it has {', '.join(f'`{k}`' for k in known)}"
+    return f"; did you mean `{close[0]}`?" if close else f"; it has {', '.join(f'`{k}`' for k in known)}."

@@ -16,7 +16,6 @@ from trimtab.pipeline.records import PROVENANCE, read_record
 
 FIGURE_TAG = "figure"
 """Tag of the cell whose picture stands for the record."""
-SHOWN_METRICS = 40
 
 
 @dataclass(frozen=True)
@@ -95,21 +94,26 @@ def _render_entry(entry: Entry, picture: str | None, folder: str) -> Iterator[st
     yield f"· {row.get('wall time', '?')} · {row.get('peak memory', '?')}\n"
     if picture:
         yield f"![{entry.title}]({folder}/{picture})\n"
-    flat = list(_flatten(entry.metrics))
-    yield "| metric | value |\n|---|---|"
-    yield from (f"| {name} | {_number(value)} |" for name, value in flat[:SHOWN_METRICS])
-    if len(flat) > SHOWN_METRICS:
-        yield f"| ... | {len(flat) - SHOWN_METRICS} more in `data/results/{entry.name}.json` |"
-    yield f"\nParameters: {row.get('parameters', '')}\n"
+    yield from _metric_tables(entry.metrics)
+    yield f"Parameters: {row.get('parameters', '')}\n"
     yield f"Made with {row.get('versions', '')}; on {row.get('hardware', '')}.\n"
 
 
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _flatten(item, f"{prefix} {key}".strip())
-    else:
-        yield prefix, value
+def _metric_tables(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Single numbers as a list; groups of numbers as one table for all groups with the same keys."""
+    single = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
+    if single:
+        yield "| metric | value |\n|---|---|"
+        yield from (f"| {name} | {_number(value)} |" for name, value in single.items())
+        yield ""
+    tables: dict[tuple[str, ...], list[tuple[str, Mapping[str, Any]]]] = {}
+    for name, group in metrics.items():
+        if isinstance(group, Mapping):
+            tables.setdefault(tuple(group), []).append((name, group))
+    for columns, rows in tables.items():
+        yield f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
+        yield from (f"| {name} | {' | '.join(_number(row[c]) for c in columns)} |" for name, row in rows)
+        yield ""
 
 
 def _number(value: Any) -> str:

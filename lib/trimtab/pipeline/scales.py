@@ -12,6 +12,7 @@ def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence
     """Write to `output` what `dvc exp run -S scale=<scale> -S <override> ...` would make of params.yaml."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
+    from hydra.errors import HydraException
 
     scales = sorted(path.stem for path in (root / "conf/scale").glob("*.yaml"))
     if scale not in scales:
@@ -20,8 +21,8 @@ def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence
         compose_and_dump(
             output, str((root / "conf").resolve()), None, "config", str(root), [f"scale={scale}", *overrides]
         )
-    except DvcException as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+    except (DvcException, HydraException) as error:
+        reason = " ".join(str(error).split())
         raise InputError(f"conf/ does not compose with {' '.join(overrides)}: {reason}") from error
 
 

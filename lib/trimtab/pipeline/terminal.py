@@ -63,7 +63,9 @@ class Terminal:
         record = "\n".join(kept)
         if record.strip():
             self.line(record.rstrip("\n"), shown=False)
-        return record if record.strip("\n") or not text.strip() else ""
+        if name == "stderr" and not record.strip():
+            return ""  # the line feed after a finished bar, which may come in a message of its own
+        return record
 
     def progress(self, bar: str) -> None:
         """Redraw the live line; where that is impossible, print it once in a while."""

@@ -68,7 +68,7 @@ def squared_errors(
         for i, k in enumerate(budgets)
     ]
     schema = {"k": pl.Int32, "document": pl.Int32, "rows": pl.Int64, "error": pl.Float64, "total": pl.Float64}
-    alive = {k: float(fired[i].float().mean()) for i, k in enumerate(budgets)}
+    alive = {k: int(fired[i].sum()) / sae.latents for i, k in enumerate(budgets)}
     return SquaredErrors(pl.DataFrame(rows, schema=schema, orient="row"), alive)
 
 

@@ -43,7 +43,7 @@ class SAEConfig:
     """One full run each; a seed sets the initial weights and the order of the data."""
     budgets: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     """Sparsities at which every trained SAE is read on held-out rows."""
-    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    precision: str = "bfloat16"
     """Precision of the encoder's matrix product in training; everything else, and evaluation, is fp32."""
 
     def __post_init__(self) -> None:

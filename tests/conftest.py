@@ -1,0 +1,100 @@
+"""Small real parts: a random two-layer Llama, a byte-level tokenizer, and a planted activation cache."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trimtab.activations import ActivationCache, ActivationsConfig, write_cache
+from trimtab.corpus import Blocks, CorpusConfig, split_documents, token_blocks
+from trimtab.interventions import wrap
+from trimtab.texts import DOCUMENTS
+
+torch.set_num_threads(2)
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i + 2 for i, c in enumerate(alphabet)} | {"<s>": 0, "</s>": 1}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=258,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        pad_token_id=1,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_llama, tokenizer, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    tiny_llama.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def documents() -> pl.DataFrame:
+    """Forty documents of one source; lengths differ, some with characters of several bytes."""
+    generator = torch.Generator().manual_seed(3)
+    rows = []
+    for i in range(40):
+        words = torch.randint(0, 200, (30 + 13 * (i % 7),), generator=generator).tolist()
+        text = " ".join(f"word{w}" if w % 11 else f"wörd{w}…" for w in words)
+        rows.append(("toy", f"doc-{i}", f"group-{i // 2}", f"Title {i}\n\n{text}\n\nThe end of {i}."))
+    return pl.DataFrame(rows, schema=DOCUMENTS, orient="row")
+
+
+@pytest.fixture(scope="session")
+def blocks_file(documents, tokenizer, tmp_path_factory) -> Path:
+    config = CorpusConfig(block_tokens=32, min_block_tokens=8, val_fraction=0.2, test_fraction=0.2)
+    path = tmp_path_factory.mktemp("corpus") / "blocks.parquet"
+    token_blocks(split_documents(documents, config, seed=0), tokenizer, config).write_parquet(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def cache_config() -> ActivationsConfig:
+    return ActivationsConfig(sites=(0, 1), batch_blocks=4, shard_blocks=16, compute_dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def caches(tiny_llama, tokenizer, blocks_file, cache_config, tmp_path_factory) -> Path:
+    """Finished train, val and test caches of the tiny model at two sites."""
+    folder = tmp_path_factory.mktemp("activations")
+    wrapped = wrap(tiny_llama, tokenizer)
+    reference = None
+    for split, budget in (("train", 6000), ("val", 1500), ("test", 1500)):
+        blocks = Blocks(blocks_file, split, budget)
+        write_cache(
+            folder / split, wrapped, blocks, cache_config, identity={"model": "tiny"}, bos=0, pad=1, reference=reference
+        )
+        reference = reference or ActivationCache(folder / "train", 0)
+    return folder

@@ -1,0 +1,58 @@
+"""The page of records shows verdicts, metrics and one figure for each, and refuses a failed record."""
+
+import base64
+
+import pytest
+
+from trimtab.checkpoint import write_json
+from trimtab.errors import InputError
+from trimtab.pipeline.report import write_report
+
+PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
+
+
+def results(project, name="toy"):
+    claim = {
+        "name": "c", "text": "It works", "statistic": "ratio", "rule": "above 0", "outcome": "held",
+        "effect": 0.5, "low": 0.25, "high": 0.75, "n": "3 seeds",
+    }  # fmt: skip
+    metrics = {"rows": 1200, "topk-8": {"k=2": 0.12345, "k=16": 0.5}, "topk-16": {"k=2": 0.2, "k=16": 0.4}}
+    write_json(project / f"data/results/{name}.json", {"metrics": metrics, "claims": [claim]})
+
+
+def render(project):
+    write_report(project, project / "records/README.md", project / "records/figures")
+    return (project / "records/README.md").read_text()
+
+
+def test_a_record_is_rendered_with_its_claims_metrics_and_figure(project, run):
+    import nbformat
+
+    run("from pathlib import Path\nPath(out).write_text('x')", PLOT)
+    path = project / "records/toy.ipynb"
+    record = nbformat.read(path, as_version=4)
+    plot = next(c for c in record.cells if "plt.plot" in c.source)
+    plot.metadata["tags"] = ["figure"]
+    nbformat.write(record, path)
+    results(project)
+    page = render(project)
+    assert "| It works | **held** | ratio | 0.5 | 0.25 to 0.75 | above 0 | 3 seeds |" in page
+    assert "| rows | 1,200 |" in page
+    assert "| topk-8 | 0.1235 | 0.5 |" in page
+    assert "A toy" in page
+    assert '"lr": 0.5' in page
+    png = (project / "records/figures/toy.png").read_bytes()
+    assert png == base64.b64decode(next(o for o in plot.outputs if "data" in o).data["image/png"])
+    assert "![A toy](figures/toy.png)" in page
+
+
+def test_a_failed_record_is_not_reported(project, run):
+    run("1 / 0")
+    results(project)
+    with pytest.raises(InputError, match=r"toy\.ipynb is the record of a failed run"):
+        render(project)
+
+
+def test_without_results_there_is_nothing_to_report(project):
+    with pytest.raises(InputError, match="holds no results"):
+        render(project)

@@ -1,0 +1,36 @@
+"""Scales compose through DVC's Hydra support, and a copy of the project is its own repository."""
+
+import subprocess
+
+import pytest
+import yaml
+
+from trimtab.errors import InputError
+from trimtab.pipeline.scales import compose, copy_project
+
+
+def test_a_scale_and_overrides_change_what_they_say(root, tmp_path):
+    compose(root, tmp_path / "a.yaml", "laptop")
+    compose(root, tmp_path / "b.yaml", "laptop", ["sae.steps=7", "base.threads=1"])
+    one, other = (yaml.safe_load((tmp_path / name).read_text()) for name in ("a.yaml", "b.yaml"))
+    assert (other["sae"].pop("steps"), other["base"].pop("threads")) == (7, 1)
+    del one["sae"]["steps"], one["base"]["threads"]
+    assert one == other
+
+
+def test_unknown_scales_and_keys_are_named(root, tmp_path):
+    with pytest.raises(InputError, match="'huge' is not a scale: choose one of gpu, laptop, paper, smoke"):
+        compose(root, tmp_path / "p.yaml", "huge")
+    with pytest.raises(InputError, match=r"does not compose with sae\.stepz=7"):
+        compose(root, tmp_path / "p.yaml", "laptop", ["sae.stepz=7"])
+
+
+def test_a_copy_holds_the_working_tree_and_nothing_produced(root, tmp_path):
+    copy_project(root, tmp_path / "copy", "smoke")
+    listed = subprocess.run(
+        ["git", "ls-files"], cwd=tmp_path / "copy", capture_output=True, text=True, check=True
+    ).stdout
+    assert {"dvc.yaml", "lib/trimtab/corpus.py", "notebooks/corpus.ipynb"} <= set(listed.split())
+    assert "dvc.lock" not in listed.split()
+    assert not (tmp_path / "copy/.venv").exists()
+    assert yaml.safe_load((tmp_path / "copy/params.yaml").read_text())["base"]["scale"] == "smoke"

@@ -1,0 +1,87 @@
+"""Files are whole or absent, also when the writer is killed."""
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from trimtab.checkpoint import (
+    Checkpoint,
+    atomic,
+    file_sha256,
+    fingerprint,
+    load_tensors,
+    read_json,
+    save_tensors,
+    write_json,
+)
+from trimtab.errors import InputError
+
+
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_trace(tmp_path):
+    target = tmp_path / "result.json"
+    write_json(target, {"a": 1})
+    with pytest.raises(ZeroDivisionError), atomic(target) as partial:
+        partial.write_text(str(1 / 0))
+    assert read_json(target) == {"a": 1}
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_killed_writer_leaves_the_old_file_and_the_next_write_cleans_up(tmp_path):
+    target = tmp_path / "result.json"
+    write_json(target, {"a": 1})
+    code = (
+        "import os, signal, sys; from pathlib import Path; from trimtab.checkpoint import atomic\n"
+        "with atomic(Path(sys.argv[1])) as p:\n    p.write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(target)], check=False).returncode == -signal.SIGKILL
+    assert read_json(target) == {"a": 1}
+    assert len(list(tmp_path.iterdir())) == 2
+    write_json(target, {"a": 2})
+    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
+    assert read_json(target) == {"a": 2}
+
+
+def test_a_folder_replaces_a_folder(tmp_path):
+    target = tmp_path / "out"
+    for content in ("one", "two"):
+        with atomic(target) as partial:
+            partial.mkdir()
+            (partial / content).write_text(content)
+    assert [p.name for p in target.iterdir()] == ["two"]
+
+
+def test_digests_agree_with_hashlib_and_ignore_key_order(tmp_path):
+    file = tmp_path / "x"
+    file.write_bytes(os.urandom(3_000_000))
+    assert file_sha256(file) == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert fingerprint({"a": 1, "b": [2]}) == fingerprint({"b": [2], "a": 1}) != fingerprint({"a": 1, "b": [3]})
+
+
+def test_checkpoints_return_their_own_state_and_ignore_another_identity(tmp_path):
+    path = tmp_path / "c.safetensors"
+    state = {"w": torch.randn(3, 4)}
+    Checkpoint(path, {"lr": 1}).save(state, {"step": 7})
+    tensors, record = Checkpoint(path, {"lr": 1}).load()
+    assert torch.equal(tensors["w"], state["w"])
+    assert record == {"step": 7}
+    assert Checkpoint(path, {"lr": 2}).load() is None
+    Checkpoint(path, {"lr": 1}).discard()
+    assert Checkpoint(path, {"lr": 1}).load() is None
+
+
+def test_damage_is_named(tmp_path):
+    path = tmp_path / "c.safetensors"
+    save_tensors(path, {"w": torch.randn(100)})
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"c\.safetensors is damaged"):
+        load_tensors(path)
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(InputError, match=r"broken\.json is not readable JSON"):
+        read_json(tmp_path / "broken.json")
+    with pytest.raises(InputError, match="missing"):
+        read_json(tmp_path / "absent.json")

