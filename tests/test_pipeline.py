@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from pathlib import Path
@@ -24,12 +25,17 @@ pytestmark = pytest.mark.pipeline
 ROOT = Path(__file__).parents[1]
 
 
+def environment(project: Path) -> dict[str, str]:
+    """This environment's programs, and the copy's own library."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PYTHONPATH": str(project / "lib")}
+
+
 def repro(project: Path, *arguments: str, succeeds: bool = True) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(project / "lib")}
     done = subprocess.run(
         ["dvc", "repro", *arguments],
         cwd=project,
-        env=environment,
+        env=environment(project),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -37,6 +43,13 @@ def repro(project: Path, *arguments: str, succeeds: bool = True) -> str:
     )
     assert (done.returncode == 0) == succeeds, done.stdout
     return done.stdout
+
+
+def dvc_status(project: Path) -> str:
+    command = ["dvc", "status"]
+    return subprocess.run(
+        command, cwd=project, env=environment(project), capture_output=True, text=True, check=True
+    ).stdout
 
 
 def ran(output: str) -> list[str]:
@@ -132,19 +145,19 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
 @pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda p: p.stem)
 def test_source_notebooks_run_by_hand_from_their_own_defaults(smoke, path):
     """As in JupyterLab: the notebook's own folder, its own defaults, and no trace in the pipeline's data."""
-    before = subprocess.run(["dvc", "status"], cwd=smoke, capture_output=True, text=True, check=True).stdout
+    before = dvc_status(smoke)
     began = time.monotonic()
     notebook = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(smoke / "notebooks")}}).execute()
     assert time.monotonic() - began < 120
-    assert subprocess.run(["dvc", "status"], cwd=smoke, capture_output=True, text=True, check=True).stdout == before
+    assert dvc_status(smoke) == before
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
     set_parameter(smoke, "activations", "train_tokens", 60_000)
-    environment = {**os.environ, "PYTHONPATH": str(smoke / "lib")}
     shutil.rmtree(smoke / "scratch", ignore_errors=True)
-    process = subprocess.Popen(["dvc", "repro", "activations"], cwd=smoke, env=environment, stdout=subprocess.DEVNULL)
+    command = ["dvc", "repro", "activations"]
+    process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while len(shards := list(smoke.glob("scratch/resume/*/train/shard-*.safetensors"))) < 2:
         assert time.monotonic() < deadline, "no shard appeared"
