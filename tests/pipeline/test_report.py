@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.checkpoint import write_json
 from trimtab.errors import InputError
-from trimtab.pipeline.report import write_report
+from trimtab.pipeline.report import current_records, write_report
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
 
@@ -21,7 +21,7 @@ def results(project, name="toy"):
 
 
 def render(project):
-    write_report(project, project / "records/README.md", project / "records/figures")
+    write_report(project, project / "records/README.md", project / "records/figures", ["toy"])
     return (project / "records/README.md").read_text()
 
 
@@ -53,6 +53,13 @@ def test_a_failed_record_is_not_reported(project, run):
         render(project)
 
 
-def test_without_results_there_is_nothing_to_report(project):
-    with pytest.raises(InputError, match="holds no results"):
+def test_a_missing_record_is_named(project):
+    with pytest.raises(InputError, match=r"toy\.ipynb is missing"):
         render(project)
+
+
+def test_the_records_of_the_pipeline_follow_the_arms_in_params_yaml(root):
+    names = current_records(root)
+    assert names[:2] == ["corpus", "activations"]
+    assert names[-1] == "sae_compare"
+    assert {"sae/topk-8", "sae/hierarchical-64"} < set(names)

@@ -69,10 +69,10 @@ def report(
     figures: Annotated[Path, typer.Option(help="Folder for its pictures.")] = Path("records/figures"),
 ) -> None:
     """Render records/README.md from the executed notebooks and their results."""
-    from trimtab.pipeline.report import write_report
+    from trimtab.pipeline.report import current_records, write_report
 
     root = _root()
-    write_report(root, root / output, root / figures)
+    write_report(root, root / output, root / figures, current_records(root))
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,11 +45,9 @@ class Entry:
         return {}
 
 
-def write_report(root: Path, output: Path, figures: Path) -> None:
-    """Render every record that has results under data/results/. Raises InputError for a failed record."""
-    entries = list(read_entries(root))
-    if not entries:
-        raise InputError("data/results holds no results: run `dvc repro`.")
+def write_report(root: Path, output: Path, figures: Path, names: Sequence[str]) -> None:
+    """Render the named records with their results. Raises InputError for a failed or missing one."""
+    entries = [read_entry(root, name) for name in names]
     with atomic(figures) as folder:
         folder.mkdir(parents=True)
         pictures = {entry.name: picture for entry in entries if (picture := _save_figure(entry, folder))}
@@ -57,18 +55,31 @@ def write_report(root: Path, output: Path, figures: Path) -> None:
         partial.write_text("\n".join(_render(entries, pictures, figures.name)) + "\n", encoding="utf-8")
 
 
-def read_entries(root: Path) -> Iterator[Entry]:
-    """Pairs of data/results/NAME.json and records/NAME.ipynb, oldest stage first (by name within a folder)."""
-    for path in sorted((root / "data/results").rglob("*.json"), key=lambda p: (len(p.parts), str(p))):
-        name = str(path.relative_to(root / "data/results").with_suffix(""))
-        file = root / "records" / f"{name}.ipynb"
-        if not file.is_file():
-            continue
-        record = read_record(file)
-        if record.metadata.get("trimtab", {}).get("status") != "complete":
-            raise InputError(f"{file} is the record of a failed run: run its stage again before reporting.")
-        results = read_json(path)
-        yield Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])
+def current_records(root: Path) -> list[str]:
+    """Names of the records that the pipeline, as params.yaml has it now, declares: in the order of dvc.yaml.
+
+    Files that another scale or an older list of arms left behind are not among them.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        declared = [Path(out.fs_path) for out in repo.index.outs]
+    records = root.resolve() / "records"
+    return [
+        str(p.relative_to(records).with_suffix("")) for p in declared if p.suffix == ".ipynb" and records in p.parents
+    ]
+
+
+def read_entry(root: Path, name: str) -> Entry:
+    """records/NAME.ipynb with data/results/NAME.json."""
+    file = root / "records" / f"{name}.ipynb"
+    if not file.is_file():
+        raise InputError(f"{file} is missing: run `dvc repro`.")
+    record = read_record(file)
+    if record.metadata.get("trimtab", {}).get("status") != "complete":
+        raise InputError(f"{file} is the record of a failed run: run its stage again before reporting.")
+    results = read_json(root / "data/results" / f"{name}.json")
+    return Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])
 
 
 def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> Iterator[str]:

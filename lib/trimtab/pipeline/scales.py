@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab.errors import InputError
+from trimtab.pipeline.provenance import PRODUCTS
 
 
 def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence[str] = ()) -> None:
@@ -31,7 +32,8 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
 
     Nothing is shared with the original: neither the DVC cache nor what was last produced.
     """
-    listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    produced = [f":(exclude){path}" for path in PRODUCTS]
+    listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", ".", *produced]
     names = subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0")
     shutil.rmtree(target, ignore_errors=True)
     for name in filter(None, names):
@@ -39,7 +41,6 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
         if source.is_file():  # a file deleted but still tracked is no part of the working tree
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
-    (target / "dvc.lock").unlink(missing_ok=True)
     compose(target, target / "params.yaml", scale)
     identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
     for arguments in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", f"scale={scale}"]):
