@@ -26,7 +26,7 @@ smoke: .venv/installed        ## the whole pipeline at the smoke scale, in a cop
 	cd scratch/smoke && dvc repro
 
 lab: .venv/installed          ## JupyterLab on the notebooks
-	jupyter lab --notebook-dir=notebooks
+	jupyter lab
 
 bench: .venv/installed        ## side-by-side measurements; each writes the CSV beside it
 	for script in benchmarks/*.py; do python $$script || exit 1; done

@@ -29,7 +29,7 @@ def naive(tiny_llama, blocks_file):
     """Every block of train alone through plain transformers: {site: rows}, and the ids of each row."""
     blocks = Blocks(blocks_file, "train", 6000)
     rows, ids = {0: [], 1: []}, []
-    for row in blocks.table.iter_rows(named=True):
+    for row in blocks.dataset:
         with torch.inference_mode():
             states = tiny_llama(torch.tensor([[0, *row["tokens"]]]), output_hidden_states=True).hidden_states
         for site, kept in rows.items():
@@ -187,8 +187,10 @@ def writer(tiny_llama, tokenizer, blocks_file, cache_config):
 
 def test_a_finished_cache_is_not_computed_again(caches, writer, tmp_path, monkeypatch):
     shutil.copytree(caches / "train", tmp_path / "copy")
+    (tmp_path / "copy/journal.json").write_text("{}")  # as a kill between manifest and clean-up leaves it
     monkeypatch.setattr("trimtab.activations.writing.capture", None)
     assert writer(tmp_path / "copy") == ActivationCache(caches / "train", 0).manifest
+    assert not (tmp_path / "copy/journal.json").exists()
 
 
 def test_activations_of_another_model_are_not_overwritten(caches, writer, tmp_path):
@@ -200,7 +202,7 @@ def test_activations_of_another_model_are_not_overwritten(caches, writer, tmp_pa
 
 def flip(path):
     content = bytearray(path.read_bytes())
-    content[-100] ^= 1
+    content[-20] ^= 1
     path.write_bytes(content)
 
 
@@ -209,6 +211,7 @@ def flip(path):
     [
         (lambda f: flip(f / "shard-00002.safetensors"), r"shard-00002\.safetensors does not have the checksum"),
         (lambda f: (f / "shard-00001.safetensors").unlink(), r"shard-00001\.safetensors is missing"),
+        (lambda f: flip(f / "means.safetensors"), r"means\.safetensors does not have the checksum"),
         (lambda f: (f / "manifest.json").unlink(), "is not a finished activation cache"),
     ],
 )

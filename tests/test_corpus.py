@@ -87,7 +87,7 @@ def test_batches_are_right_padded_after_a_bos(blocks_file):
     seen = 0
     for batch in blocks.batches(0, len(blocks), 3, pad=1, bos=0):
         for i in range(len(batch.input_ids)):
-            row = blocks.table.row(seen, named=True)
+            row = blocks.dataset[seen]
             length = row["length"] + 1
             assert batch.input_ids[i, :length].tolist() == [0, *row["tokens"]]
             assert batch.attention_mask[i].tolist() == [1] * length + [0] * (batch.input_ids.shape[1] - length)

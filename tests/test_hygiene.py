@@ -14,6 +14,7 @@ from packaging.requirements import Requirement
 
 from trimtab.activations import ActivationsConfig
 from trimtab.corpus import CorpusConfig
+from trimtab.pipeline.fetch import FetchConfig
 from trimtab.pipeline.parameters import collect, declared_parameters
 from trimtab.pipeline.scales import compose
 from trimtab.sae import SAEConfig
@@ -21,7 +22,7 @@ from trimtab.sae import SAEConfig
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-CONFIGURATIONS = {"corpus": CorpusConfig, "activations": ActivationsConfig, "sae": SAEConfig}
+CONFIGURATIONS = {"fetch": FetchConfig, "corpus": CorpusConfig, "activations": ActivationsConfig, "sae": SAEConfig}
 SCALES = sorted(path.stem for path in ROOT.glob("conf/scale/*.yaml"))
 
 
@@ -111,8 +112,9 @@ class TestStages:
 def test_sections_are_exactly_the_fields_of_their_dataclass_at_every_scale(section, scale, tmp_path):
     compose(ROOT, tmp_path / "params.yaml", scale)
     composed = yaml.safe_load((tmp_path / "params.yaml").read_text())
-    values = {key: tuple(v) if isinstance(v, list) else v for key, v in composed[section].items()}
     kind = CONFIGURATIONS[section]
+    tuples = kind is not FetchConfig
+    values = {key: tuple(v) if tuples and isinstance(v, list) else v for key, v in composed[section].items()}
     assert set(values) == {field.name for field in dataclasses.fields(kind)}
     kind(**values)
     assert composed["base"]["scale"] == scale

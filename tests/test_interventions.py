@@ -5,7 +5,7 @@ import torch
 from transformers import Gemma2Config, Gemma2ForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from trimtab.errors import InputError
-from trimtab.interventions import capture, site_count, wrap
+from trimtab.interventions import capture, wrap
 
 SMALL = {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 
@@ -22,20 +22,29 @@ def models(tiny_llama):
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_capture_equals_hidden_states(tiny_llama, tokenizer, family, padded):
+def test_capture_equals_forward_hooks_and_hidden_states(tiny_llama, tokenizer, family, padded):
     model = models(tiny_llama)[family]
     wrapped = wrap(model, tokenizer)
     ids = torch.randint(2, 258, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     if padded:
         mask[1, 6:] = 0
-    captured = capture(wrapped, ids, mask, [1, 0])
+    captured = capture(wrapped, ids, mask, [2, 0, 1])
+    seen = {}
+    blocks = model.transformer.h if family == "gpt2" else model.model.layers
+    handles = [
+        block.register_forward_hook(lambda *a, s=site: seen.update({s: a[2] if torch.is_tensor(a[2]) else a[2][0]}))
+        for site, block in enumerate(blocks)
+    ]
     with torch.inference_mode():
         states = model(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    assert list(captured) == [1, 0]
+    for handle in handles:
+        handle.remove()
+    assert list(captured) == [2, 0, 1]
     for site, hidden in captured.items():
-        torch.testing.assert_close(hidden[mask.bool()], states[site + 1][mask.bool()])
-    assert site_count(wrapped) == 3
+        torch.testing.assert_close(hidden[mask.bool()], seen[site][mask.bool()])
+        if site < 2:
+            torch.testing.assert_close(hidden[mask.bool()], states[site + 1][mask.bool()])
 
 
 def test_a_padded_row_equals_the_row_alone(tiny_llama, tokenizer):

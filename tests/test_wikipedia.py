@@ -6,7 +6,10 @@ import pytest
 
 from trimtab.wikipedia import articles, plain_text
 
-TAIL = " This sentence only makes the line long enough to count as prose: well over a hundred and twenty characters."
+TAIL = (
+    " This sentence only makes the line long enough to count as prose, for which it takes well over one hundred "
+    "and twenty characters."
+)
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """Files that are either whole or absent: atomic writes, digests, and checkpoints that resume.
 
-A write goes to a neighbour named `.<name>.partial-<pid>`, is flushed to disk, and takes its place by one rename, so a
-process killed at any moment leaves the old file or the new one. Nothing here pickles.
+A write goes to a neighbour named `.<name>.partial-<pid>`, is flushed to disk, and takes its place by one rename. A
+process killed at any moment leaves the old file or the new one; of a folder, which cannot be replaced in one step,
+perhaps neither. Nothing here pickles.
 """
 
 import hashlib
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -38,11 +40,12 @@ def fingerprint(value: Any) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `path` (a file or a folder), on failure nothing is left.
 
-    Partial writes of earlier processes that were killed are removed on the way.
+    Partial writes of processes that are no more are removed on the way.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for stale in path.parent.glob(f".{path.name}.partial-*"):
-        remove(stale)
+        if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
+            remove(stale)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
         yield partial
@@ -126,11 +129,6 @@ class Checkpoint:
         if metadata.get("identity") != self.identity:
             return None
         return tensors, json.loads(metadata["record"])
-
-    def discard(self) -> None:
-        """Delete the checkpoint, once its result is safe elsewhere."""
-        if self.path is not None:
-            self.path.unlink(missing_ok=True)
 
 
 def _flush(path: Path) -> None:

@@ -10,7 +10,7 @@ from scipy import stats
 
 from trimtab.errors import InputError
 
-RESAMPLES = 2000
+RESAMPLES = 1000
 Outcome = Literal["held", "not held", "inconclusive"]
 
 
@@ -36,7 +36,8 @@ class Claim:
         claimed, opposed = (above, below) if self.direction == "above" else (below, above)
         outcome: Outcome = "held" if claimed else "not held" if opposed else "inconclusive"
         rule = f"{self.direction} {self.threshold:g}"
-        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, low, high, n)
+        lowest, highest = (value if np.isfinite(value) else None for value in (low, high))
+        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, lowest, highest, n)
 
 
 @dataclass(frozen=True)
@@ -49,35 +50,41 @@ class Verdict:
     rule: str
     outcome: Outcome
     effect: float
-    low: float
-    high: float
+    low: float | None
+    """None: unbounded, as JSON has no infinity."""
+    high: float | None
     n: str
 
 
-def bootstrap(
-    statistic: Callable[[Float[np.ndarray, "seeds documents"]], float], seeds: int, documents: int, *, seed: int = 0
+def seeds_and_groups(
+    statistic: Callable[[int, Float[np.ndarray, " groups"]], float], seeds: int, groups: int, *, seed: int = 0
 ) -> tuple[float, float, float]:
-    """(effect, low, high): a 95 % percentile interval over documents and training seeds, both resampled.
+    """(effect, low, high): mean over training seeds, with a 95 % interval for both seeds and documents.
 
-    `statistic` takes the weight of every (seed, document) pair: all ones give the effect; a resample weighs each by how
-    often its seed and its document were drawn. With few seeds the interval says little of their variation.
+    `statistic` takes the index of a training seed and a weight for each group of documents (all ones: the sample as it
+    is). The standard error adds the variance of the mean over seeds to the bootstrap variance over groups; the
+    quantile is Student's with seeds - 1 degrees of freedom, so that few seeds give a wide interval and one seed none.
     """
+    ones = np.ones(groups)
+    by_seed = [statistic(index, ones) for index in range(seeds)]
+    effect = float(np.mean(by_seed))
+    if seeds < 2:
+        return effect, -np.inf, np.inf
     generator = np.random.default_rng(seed)
     draws = []
     for _ in range(RESAMPLES):
-        by_seed = np.bincount(generator.integers(seeds, size=seeds), minlength=seeds)
-        by_document = np.bincount(generator.integers(documents, size=documents), minlength=documents)
-        draws.append(statistic(np.outer(by_seed, by_document).astype(float)))
-    effect = statistic(np.ones((seeds, documents)))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    return effect, min(float(low), effect), max(float(high), effect)
+        weights = np.bincount(generator.integers(groups, size=groups), minlength=groups).astype(float)
+        draws.append(np.mean([statistic(index, weights) for index in range(seeds)]))
+    error = np.sqrt(np.var(by_seed, ddof=1) / seeds + np.var(draws, ddof=1))
+    half = float(stats.t.ppf(0.975, seeds - 1) * error)
+    return effect, effect - half, effect + half
 
 
-def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
-    """(mean, low, high): Student's 95 % interval of a mean, over seeds. One value gives an unbounded interval."""
+def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
+    """(mean, low, high): Student's 95 % interval of a mean over seeds. One value gives an unbounded interval."""
     mean = float(np.mean(values))
     if len(values) < 2:
-        return mean, -float("inf"), float("inf")
+        return mean, -np.inf, np.inf
     half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 
@@ -85,9 +92,8 @@ def t_interval(values: Sequence[float]) -> tuple[float, float, float]:
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """A Markdown table, one row a claim."""
     head = "| claim | verdict | statistic | effect | 95 % interval | held if | n |\n|---|---|---|---|---|---|---|"
-    rows = [
-        f"| {v.text} | **{v.outcome}** | {v.statistic} | {v.effect:.3g} | {v.low:.3g} to {v.high:.3g} "
-        f"| {v.rule} | {v.n} |"
-        for v in verdicts
-    ]
+    rows = []
+    for v in verdicts:
+        interval = "unbounded" if v.low is None or v.high is None else f"{v.low:.3g} to {v.high:.3g}"
+        rows.append(f"| {v.text} | **{v.outcome}** | {v.statistic} | {v.effect:.3g} | {interval} | {v.rule} | {v.n} |")
     return "\n".join([head, *rows])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import polars as pl
 import torch
+from datasets import Dataset
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,6 +19,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "val", "test")
+Block = tuple[str, int, int, int, list[int], list[int], list[int]]
+BLOCKS: dict[str, Any] = {
+    "split": pl.String,
+    "document": pl.Int32,
+    "start": pl.Int32,
+    "length": pl.Int32,
+    "tokens": pl.List(pl.Int32),
+    "char_start": pl.List(pl.Int32),
+    "char_end": pl.List(pl.Int32),
+}
 
 
 @dataclass(frozen=True)
@@ -107,22 +118,33 @@ def token_blocks(documents: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", 
     Columns: `split`, `document` (int32), `start` (int32, first token's index in its document), `length` (int32),
     `tokens` (list of int32), `char_start` and `char_end` (lists of int32: offsets into the document's `text`).
     """
-    rows: list[tuple[str, int, int, int, list[int], list[int], list[int]]] = []
-    columns = documents.select("split", "document", "text")
-    for split, document, text in tqdm(columns.iter_rows(), total=columns.height, desc="tokenise", unit="document"):
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        for start in range(0, len(ids), config.block_tokens):
-            block = ids[start : start + config.block_tokens]
-            if len(block) >= config.min_block_tokens:
-                spans = offsets[start : start + config.block_tokens]
-                rows.append((split, document, start, len(block), block, [s for s, _ in spans], [e for _, e in spans]))
-    if not rows:
+    parts = []
+    with tqdm(total=documents.height, desc="tokenise", unit="document", mininterval=1) as bar:
+        # Some documents at a time: as Python lists, the ids of a large corpus would not fit in memory.
+        for some in documents.select("split", "document", "text").iter_slices(1000):
+            encoded = tokenizer(
+                some["text"].to_list(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
+            rows: list[Block] = []
+            for split, document, ids, offsets in zip(
+                some["split"], some["document"], encoded["input_ids"], encoded["offset_mapping"], strict=True
+            ):
+                rows += _cut(split, document, ids, offsets, config)
+            parts.append(pl.DataFrame(rows, schema=BLOCKS, orient="row"))
+            bar.update(some.height)
+    blocks = pl.concat(parts)
+    if blocks.is_empty():
         raise InputError(f"No document reaches min_block_tokens = {config.min_block_tokens} tokens.")
-    numbers = pl.List(pl.Int32)
-    schema: dict[str, Any] = {"split": pl.String, "document": pl.Int32, "start": pl.Int32, "length": pl.Int32}
-    lists = {"tokens": numbers, "char_start": numbers, "char_end": numbers}
-    return pl.DataFrame(rows, schema=schema | lists, orient="row")
+    return blocks
+
+
+def _cut(
+    split: str, document: int, ids: list[int], offsets: list[tuple[int, int]], config: CorpusConfig
+) -> Iterator[Block]:
+    for start in range(0, len(ids), config.block_tokens):
+        block, spans = ids[start : start + config.block_tokens], offsets[start : start + config.block_tokens]
+        if len(block) >= config.min_block_tokens:
+            yield split, document, start, len(block), block, [s for s, _ in spans], [e for _, e in spans]
 
 
 def describe(documents: pl.DataFrame, blocks: pl.DataFrame) -> pl.DataFrame:
@@ -147,7 +169,7 @@ def describe(documents: pl.DataFrame, blocks: pl.DataFrame) -> pl.DataFrame:
 
 
 class Blocks:
-    """The token blocks of one split, read from parquet and served as padded batches in a fixed order."""
+    """The token blocks of one split as a `datasets.Dataset`, and as padded batches in a fixed order."""
 
     def __init__(self, path: Path, split: str, max_tokens: int | None = None, seed: int = 0) -> None:
         """Take blocks of `split`, shuffled by `seed`, until `max_tokens` are reached (all when None).
@@ -158,27 +180,27 @@ class Blocks:
             raise InputError(f"{split!r} is not a split: {', '.join(SPLITS)}.")
         if not path.is_file():
             raise InputError(f"{path} is missing: run `dvc repro corpus`.")
-        table = pl.read_parquet(path).filter(pl.col("split") == split).sample(fraction=1.0, shuffle=True, seed=seed)
+        chosen = pl.scan_parquet(path).filter(pl.col("split") == split).drop("char_start", "char_end").collect()
+        table = chosen.sample(fraction=1.0, shuffle=True, seed=seed)
         if max_tokens is not None:
-            table = table.filter(pl.col("length").cum_sum() <= max_tokens)
+            table = table.filter(pl.col("length").cast(pl.Int64).cum_sum() <= max_tokens)
         if table.is_empty():
             raise InputError(f"{path} has no block of {split} within {max_tokens} tokens.")
-        self.table = table
+        self.dataset = Dataset.from_polars(table)
+        self.tokens = int(table["length"].sum())
+        """Number of tokens, padding not counted."""
+        self.documents = table["document"].n_unique()
+        """Number of documents they come from."""
         self.digest = fingerprint_of(path, split, max_tokens, seed)
 
     def __len__(self) -> int:
-        return self.table.height
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens, padding not counted."""
-        return int(self.table["length"].sum())
+        return len(self.dataset)
 
     def batches(self, start: int, stop: int, size: int, pad: int, bos: int | None) -> Iterator["Batch"]:
         """Batches over blocks `start` to `stop`, right-padded with `pad`, each preceded by `bos` where there is one."""
         for first in range(start, stop, size):
-            rows = self.table.slice(first, min(size, stop - first))
-            lists = rows["tokens"].to_list()
+            rows = self.dataset[first : min(first + size, stop)]
+            lists = rows["tokens"]
             lead = [] if bos is None else [bos]
             width = max(map(len, lists)) + len(lead)
             ids = torch.full((len(lists), width), pad, dtype=torch.long)
@@ -186,7 +208,7 @@ class Blocks:
             for i, tokens in enumerate(lists):
                 ids[i, : len(tokens) + len(lead)] = torch.tensor(lead + tokens)
                 mask[i, : len(tokens) + len(lead)] = 1
-            yield Batch(ids, mask, rows["document"].to_torch(), rows["start"].to_torch(), len(lead))
+            yield Batch(ids, mask, torch.tensor(rows["document"]), torch.tensor(rows["start"]), len(lead))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The only door to nnsight: wrap a loaded model, and read its residual stream.
 
-A *site* is the index of a decoder block, counted from 0; its activation is the residual stream after that block
-(`hidden_states[site + 1]` of transformers). Traces live here, in importable functions, because nnsight re-reads the
+A *site* is the index of a decoder block, counted from 0; its activation is the residual stream after that block:
+`hidden_states[site + 1]` of transformers, except for the last block, where transformers gives the state after the final
+norm instead. Traces live here, in importable functions, because nnsight re-reads the
 source of the code that opens a trace.
 """
 
@@ -61,9 +62,9 @@ def capture(
     return {site: _hidden(cache[block.path].output) for site, block in zip(sites, chosen, strict=True)}
 
 
-def site_count(wrapped: TransformersModel) -> int:
-    """Number of decoder blocks, that is, of sites."""
-    return len(_blocks(wrapped))
+def device_of(wrapped: TransformersModel) -> torch.device:
+    """Where the model's weights are, and its inputs must be."""
+    return next(wrapped._module.parameters()).device
 
 
 def _blocks(wrapped: TransformersModel) -> Any:

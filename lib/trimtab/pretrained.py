@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -35,6 +36,8 @@ class ModelSource:
 
     source: str
     """The source string as given."""
+    revision: str
+    """What it resolved to: the artefact's SHA-256, the hub's commit, or nothing for a folder."""
     sha256: str
     """Digest of `model.safetensors` (or of its index, when sharded)."""
     licence: str
@@ -55,17 +58,18 @@ def fetch_model(source: str, folder: Path) -> ModelSource:
                 raise InputError(f"{source} holds text, not weights: name it in `texts`, and a model here.")
             artefact = fetch_artefact(known, Path(scratch))
             model, tokenizer = _load_gguf(artefact, known.pre_tokenizer)
-            licence, citation, note = known.licence, known.citation, known.note
+            revision, licence, citation, note = known.sha256, known.licence, known.citation, known.note
         else:
             local = Path(_snapshot(source)) if source.startswith("hub:") else Path(source)
             model, tokenizer = load_model(local, dtype="auto"), load_tokenizer(local)
+            revision = local.name if source.startswith("hub:") else ""
             licence, citation, note = "see the model's card", source, ""
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         weights = partial / "model.safetensors"
         if not weights.exists():
             weights = partial / "model.safetensors.index.json"
-        described = ModelSource(source, file_sha256(weights), licence, citation, note)
+        described = ModelSource(source, revision, file_sha256(weights), licence, citation, note)
         write_json(partial / SOURCE_FILE, asdict(described))
     return described
 
@@ -80,12 +84,21 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
         raise InputError(f"{path} holds no .safetensors weights: convert them first; pickled weights are never loaded.")
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else DTYPES[dtype]}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise InputError(f"{path} does not load as a causal language model: {_first_line(error)}") from error
-    model.to(torch.device(device))  # type: ignore[arg-type]
+    model, found = loaded
+    lacking = sorted(found["missing_keys"])  # tied weights do not count as missing
+    if lacking:
+        raise InputError(f"{path} lacks {len(lacking)} tensors of the model, {lacking[0]} among them: fetch it again.")
+    model.to(torch.device(device))
     return model.eval()
 
 
@@ -130,7 +143,7 @@ def _snapshot(source: str) -> str:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)
+    match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)@([\w./-]+)", source)
     if not match:
         raise InputError(f"{source!r} is not a hub source: write hub:org/name@revision.")
     repository, revision = match.groups()

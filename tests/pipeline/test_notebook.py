@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -50,7 +52,24 @@ def test_configurations_are_built_from_the_parameters_cell(stage):
 
 
 def test_resume_folders_are_found_again_for_the_same_work_only(stage):
-    assert stage.resume_folder({"a": 1}) == stage.resume_folder({"a": 1}) != stage.resume_folder({"a": 2})
+    first = stage.resume_folder({"a": 1})
+    assert stage.resume_folder({"a": 2}) != first
+    stage.locks[0].release()
+    assert stage.resume_folder({"a": 1}) == first
+
+
+def test_two_runs_of_the_same_work_do_not_share_a_resume_folder(stage, project):
+    code = (
+        "import time; from trimtab.pipeline import notebook\n"
+        f"stage = notebook.begin({BASE!r})\nstage.resume_folder('work'); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code], cwd=project, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(InputError, match="in use by another run of the same work"):
+        stage.resume_folder("work")
+    other.kill()
+    other.wait()
+    assert stage.resume_folder("work").is_dir()
 
 
 def test_finish_writes_results_and_drops_scratch(stage, project):

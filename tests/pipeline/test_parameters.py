@@ -67,6 +67,7 @@ def test_a_key_given_twice_is_refused():
         ("x = dict(a=1)", "`x` is not a plain literal"),
         ("import os", "is not `name = literal`"),
         ("x = 1\nx = 2", "`x` is set twice"),
+        ("x = (", "is not valid Python"),
         ("x: Path = 'a'", "has the annotation `Path`"),
         ("x: __import__('os').system('true') = 1", "has the annotation"),
     ],
@@ -90,6 +91,9 @@ def test_sections_are_read_or_named(tmp_path):
     assert read_sections(path, ["sae"]) == {"sae": {"b": 2}}
     with pytest.raises(InputError, match="has no section `copus`; did you mean `corpus`"):
         read_sections(path, ["copus"])
+    path.write_text("[1, 2]")
+    with pytest.raises(InputError, match="does not hold sections"):
+        read_sections(path, ["a"])
     path.write_text("a: [")
     with pytest.raises(InputError, match="is not valid YAML"):
         read_sections(path, ["a"])

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from trimtab.errors import InputError
 from trimtab.pipeline.records import read_record
+from trimtab.pipeline.run import run_notebook
 
 from .conftest import make_notebook
 
@@ -115,8 +117,52 @@ def test_a_timeout_is_a_failure_and_leaves_no_kernel(project, run):
 def test_leaving_early_is_a_failure(project, run):
     code, record = run(WRITE, "import sys; sys.exit(0)", "print('never')")
     assert code == 1
-    assert_failed(project, record, "")
+    assert_failed(project, record, "the notebook ended early: a cell called exit()")
     assert statuses(record)[-1] == "not run"
+
+
+def test_a_log_linked_into_a_cache_is_replaced_and_not_written_through(project, run):
+    (project / "records").mkdir()
+    (project / "cached").write_text("as cached")
+    (project / "records/toy.log").hardlink_to(project / "cached")
+    assert run(WRITE)[0] == 0
+    assert (project / "cached").read_text() == "as cached"
+
+
+def test_provenance_is_of_the_commit_that_the_run_began_with(project):
+    identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
+
+    def git(*arguments):
+        command = ["git", *identity, *arguments]
+        return subprocess.run(command, cwd=project, capture_output=True, text=True, check=True).stdout
+
+    def revision():
+        outputs, record = {"out": Path("out.txt")}, Path("records/toy.ipynb")
+        assert (
+            run_notebook(Path("toy.ipynb"), record, root=project, sections=["toy"], settings={}, outputs=outputs) == 0
+        )
+        cells = read_record(project / record).cells
+        (cell,) = [cell for cell in cells if "provenance" in cell.metadata.get("tags", [])]
+        return cell.source.split("commit |")[1].splitlines()[0]
+
+    git("init", "-q")
+    make_notebook(project, WRITE, f"import subprocess\nsubprocess.run(['git', *{identity}, 'commit', '-qam', 'two'])")
+    git("add", "-A")
+    git("commit", "-qm", "one")
+    (project / "data/results").mkdir(parents=True)
+    (project / "data/results/x.json").write_text("{}")  # a product of the pipeline makes nothing dirty
+    head = git("rev-parse", "--short=12", "HEAD").strip()
+    assert revision() == f" `{head}` |"
+    (project / "params.yaml").write_text((project / "params.yaml").read_text() + "# edited\n")
+    assert revision() == f" `{head}` with uncommitted changes |"
+    assert git("rev-parse", "--short=12", "HEAD").strip() != head, "the notebook was to commit while it ran"
+
+
+@pytest.mark.parametrize("content", ["{}", "not json", '{"cells": 3}'])
+def test_what_is_no_notebook_is_named(project, content):
+    (project / "toy.ipynb").write_text(content)
+    with pytest.raises(InputError, match=r"toy\.ipynb is not a notebook"):
+        run_notebook(Path("toy.ipynb"), Path("r.ipynb"), root=project, sections=[], settings={}, outputs={})
 
 
 def test_a_missing_output_is_a_failure(project, run):

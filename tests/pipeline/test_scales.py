@@ -1,5 +1,6 @@
 """Scales compose through DVC's Hydra support, and a copy of the project is its own repository."""
 
+import shutil
 import subprocess
 
 import pytest
@@ -25,8 +26,24 @@ def test_unknown_scales_and_keys_are_named(root, tmp_path):
         compose(root, tmp_path / "p.yaml", "laptop", ["sae.stepz=7"])
 
 
+def test_copying_never_deletes_what_is_no_copy(root, tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious/file").write_text("x")
+    for target in (tmp_path / "precious", root, root.parent):
+        with pytest.raises(InputError, match="is no earlier copy"):
+            copy_project(root, target, "smoke")
+    assert (tmp_path / "precious/file").exists()
+    with pytest.raises(InputError, match="is not a scale"):
+        copy_project(root, tmp_path / "new", "huge")
+    assert not (tmp_path / "new").exists()
+    shutil.copytree(root / "conf", tmp_path / "bare/conf")
+    with pytest.raises(InputError, match="is not a git repository"):
+        copy_project(tmp_path / "bare", tmp_path / "new", "smoke")
+
+
 def test_a_copy_holds_the_working_tree_and_nothing_produced(root, tmp_path):
     copy_project(root, tmp_path / "copy", "smoke")
+    copy_project(root, tmp_path / "copy", "smoke")  # a second time replaces the first
     listed = subprocess.run(
         ["git", "ls-files"], cwd=tmp_path / "copy", capture_output=True, text=True, check=True
     ).stdout

@@ -91,10 +91,38 @@ def test_the_schedule_rises_stays_and_falls_to_zero():
     assert module._rate(100, 100) == 0
 
 
-def test_a_diverging_run_stops_and_says_so(cache, monkeypatch):
+def test_a_diverging_run_stops_and_a_sweep_passes_over_it(cache, caches, monkeypatch):
+    real, val = module.OBJECTIVES["topk"], ActivationCache(caches / "val", 0)
     monkeypatch.setitem(module.OBJECTIVES, "topk", lambda x, latents, sae: latents.values.sum() * math.inf)
-    with pytest.raises(InputError, match=r"loss is not finite at step 20: lower learning rate 0\.003"):
+    with pytest.raises(module.DivergedError, match=r"loss is not finite at step 20: lower lr 0\.003"):
         run(cache, "topk-4")
+    with pytest.raises(InputError, match="diverges at every learning rate"):
+        sweep(Arm("topk", 4), CONFIG, cache, val, seed=0)
+    calls = []
+
+    def first_diverges(*arguments):
+        calls.append(1)
+        return real(*arguments) * (math.inf if len(calls) <= 20 else 1)
+
+    monkeypatch.setitem(module.OBJECTIVES, "topk", first_diverges)
+    losses = sweep(Arm("topk", 4), CONFIG, cache, val, seed=0)
+    assert losses[1e-5] == math.inf
+    assert min(losses, key=losses.get) == 3e-3
+
+
+def test_an_interrupted_sweep_takes_up_what_it_finished(cache, caches, tmp_path, monkeypatch):
+    val = ActivationCache(caches / "val", 0)
+    whole = sweep(Arm("topk", 4), CONFIG, cache, val, seed=0, checkpoints=tmp_path)
+    monkeypatch.setitem(module.OBJECTIVES, "topk", None)
+    assert sweep(Arm("topk", 4), CONFIG, cache, val, seed=0, checkpoints=tmp_path) == whole
+
+
+def test_arms_that_do_not_fit_are_refused_before_training():
+    with pytest.raises(InputError, match="more than the dictionary has latents"):
+        Arm("topk", 65).check(CONFIG)
+    with pytest.raises(InputError, match=r"k = 3 is not among the budgets \[1, 2, 4\]"):
+        Arm("topk", 3).check(CONFIG)
+    Arm("topk", 4).check(CONFIG)
 
 
 @pytest.mark.parametrize("name", ["topk", "topk-", "topk-0", "relu-8", "topk--3"])

@@ -50,7 +50,10 @@ class ActivationCache:
         self.site = site
         self.key = f"layers.{site}"
         self.statistics = SiteStatistics(**self.manifest["sites"][str(site)])
-        self.mean = load_tensors(self.folder / "means.safetensors")[0][self.key]
+        means = self.folder / "means.safetensors"
+        if not means.is_file() or file_sha256(means) != self.manifest["means_sha256"]:
+            raise InputError(f"{means} does not have the checksum of its manifest: delete {folder} and capture again.")
+        self.mean = load_tensors(means)[0][self.key]
         self.shards = [_open_shard(self.folder, shard, self.manifest, checksums) for shard in self.manifest["shards"]]
         self._column = sites.index(site)
 

@@ -14,7 +14,7 @@ from trimtab.activations.reading import CHUNK, ActivationCache, SiteStatistics
 from trimtab.checkpoint import file_sha256, fingerprint, load_tensors, read_json, remove, save_tensors, write_json
 from trimtab.corpus import Batch, Blocks
 from trimtab.errors import InputError
-from trimtab.interventions import capture
+from trimtab.interventions import capture, device_of
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -74,15 +74,18 @@ def write_cache(
     mean and scale are taken over; without one they are computed here. Raises InputError where the folder holds a cache
     of another identity, or a finished shard no longer has its checksum.
     """
-    complete_identity = {**identity, "blocks": blocks.digest, "config": asdict(config), "format": FORMAT}
+    complete_identity = {
+        **identity, "blocks": blocks.digest, "config": asdict(config), "dtype": "bfloat16", "format": FORMAT,
+    }  # fmt: skip
     mark = fingerprint(complete_identity)
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "manifest.json").exists():
         manifest = read_json(folder / "manifest.json")
         _refuse_foreign(folder, manifest["fingerprint"], mark)
+        (folder / "journal.json").unlink(missing_ok=True)  # where the last call was killed just before its end
         return manifest
     done = _resume(folder, mark)
-    device = next(wrapped._module.parameters()).device
+    device = device_of(wrapped)
     starts = range(0, len(blocks), config.shard_blocks)
     bar = tqdm(total=blocks.tokens, desc=f"capture {folder.name}", unit="token", mininterval=1)
     for index, start in enumerate(starts):
@@ -98,7 +101,7 @@ def write_cache(
             bar.update(int(batch.attention_mask.sum()) - batch.lead * len(batch.input_ids))
         rows = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
         save_tensors(folder / name, rows, {"fingerprint": mark, "index": str(index)})
-        tokens = int(blocks.table["length"][start:stop].sum())
+        tokens = sum(blocks.dataset["length"][start:stop])
         count = {"name": name, "rows": len(rows["token"]), "blocks": stop - start, "tokens": tokens}
         done.append({**count, "sha256": file_sha256(folder / name)})
         write_json(folder / "journal.json", {"fingerprint": mark, "shards": done})
@@ -186,6 +189,7 @@ def _finish(
         "corpus_tokens": tokens,
         "first_positions_excluded": lead,
         "sites": statistics,
+        "means_sha256": file_sha256(folder / "means.safetensors"),
     }
     manifest = json.loads(json.dumps(manifest))
     write_json(folder / "manifest.json", manifest)

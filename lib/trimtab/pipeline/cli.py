@@ -1,6 +1,5 @@
 """The command line: run a notebook as a stage, fetch inputs, report, compose a scale, copy the project."""
 
-import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +31,7 @@ def run(
         record or Path("records") / notebook.name,
         root=_root(),
         sections=section or [],
-        settings={name: yaml.safe_load(value) for name, value in _pairs(set, "--set").items()},
+        settings={name: _literal(name, value) for name, value in _pairs(set, "--set").items()},
         outputs={name: Path(value) for name, value in _pairs(out, "--out").items()},
         cell_timeout=cell_timeout,
     )
@@ -42,37 +41,22 @@ def run(
 @app.command()
 def fetch(
     section: Annotated[str, typer.Option(help="Section of params.yaml that names model and texts.")] = "fetch",
-    data: Annotated[Path, typer.Option(help="Folder to fetch into.")] = Path("data"),
 ) -> None:
     """Fetch weights and raw texts into data/model and data/text."""
-    from trimtab.checkpoint import atomic
+    from trimtab.pipeline.fetch import fetch_section
     from trimtab.pipeline.parameters import read_sections
-    from trimtab.pretrained import fetch_model
-    from trimtab.texts import fetch_text, slug
 
     root = _root()
-    values = read_sections(root / "params.yaml", [section])[section]
-    unknown = set(values) ^ {"model", "texts", "documents"}
-    if unknown:
-        raise InputError(f"Section `{section}` holds exactly model, texts and documents; `{unknown.pop()}` is off.")
-    typer.echo(f"fetch: {values['model']}", err=True)
-    fetch_model(values["model"], root / data / "model")
-    with atomic(root / data / "text") as folder:
-        for source in values["texts"]:
-            typer.echo(f"fetch: {source}", err=True)
-            fetch_text(source, folder / slug(source), limit=values["documents"])
+    fetch_section(read_sections(root / "params.yaml", [section])[section], root / "data")
 
 
 @app.command()
-def report(
-    output: Annotated[Path, typer.Option(help="Page to write.")] = Path("records/README.md"),
-    figures: Annotated[Path, typer.Option(help="Folder for its pictures.")] = Path("records/figures"),
-) -> None:
-    """Render records/README.md from the executed notebooks and their results."""
+def report() -> None:
+    """Render records/README.md and records/figures from the executed notebooks and their results."""
     from trimtab.pipeline.report import current_records, write_report
 
     root = _root()
-    write_report(root, root / output, root / figures, current_records(root))
+    write_report(root, root / "records/README.md", root / "records/figures", current_records(root))
 
 
 @app.command()
@@ -101,8 +85,6 @@ def copy(
 
 def main() -> None:
     """Entry point: bad input is one sentence, not a traceback."""
-    # Progress bars of libraries would swamp a log; the runner shows its own line.
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
         app()
     except InputError as error:
@@ -122,3 +104,10 @@ def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
         if not equals or not name.isidentifier():
             raise InputError(f"{option} {name!r} is not NAME=VALUE.")
     return {name: value for name, _, value in pairs}
+
+
+def _literal(name: str, value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {name}={value} is not a YAML value.") from None

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
 
 from trimtab.checkpoint import fingerprint, remove, write_json
@@ -25,7 +26,7 @@ def begin(namespace: Mapping[str, Any]) -> "Stage":
     Reads `seed`, `threads` and `device` (cpu | cuda | auto) of the parameters cell.
     """
     os.chdir(project_root())
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     seed, wanted = int(namespace["seed"]), namespace["device"]
     torch.set_num_threads(int(namespace["threads"]))
     random.seed(seed)
@@ -48,6 +49,7 @@ class Stage:
     device: str
     """cpu or cuda."""
     seed: int
+    locks: list[FileLock] = dataclasses.field(default_factory=list)
 
     def configure(self, kind: type[Config]) -> Config:
         """Build a configuration dataclass from the parameters that bear its fields' names (lists become tuples)."""
@@ -67,6 +69,12 @@ class Stage:
         sources = {str(p.relative_to(library)): p.read_text() for p in sorted(library.rglob("*.py"))}
         folder = Path("scratch/resume") / fingerprint([identity, sources])[:16]
         folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(f"{folder}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise InputError(f"{folder} is in use by another run of the same work: wait for it, or stop it.") from None
+        self.locks.append(lock)  # held until the process ends, however it ends
         return folder
 
     def finish(

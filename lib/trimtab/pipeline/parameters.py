@@ -25,7 +25,13 @@ def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str,
         raise InputError(f"{name} has {len(cells)} cells tagged `{TAG}`: a stage's notebook has exactly one.")
     found: dict[str, tuple[Any, Any]] = {}
     annotation: ast.expr | None
-    for node in ast.parse(cells[0].source).body:
+    try:
+        body = ast.parse(cells[0].source).body
+    except SyntaxError as error:
+        raise InputError(
+            f"{name}: the parameters cell is not valid Python (line {error.lineno}: {error.msg})."
+        ) from None
+    for node in body:
         match node:
             case ast.Assign(targets=[ast.Name(id=key)], value=value):
                 annotation = None
@@ -46,11 +52,13 @@ def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str,
 def read_sections(path: Path, sections: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The named sections of params.yaml. Raises InputError for a missing file, broken YAML or an unknown section."""
     try:
-        content = yaml.safe_load(path.read_text()) or {}
+        content = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} is missing: compose it with `trimtab compose`.") from None
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} does not hold sections: compose it with `trimtab compose`.")
     for section in sections:
         if not isinstance(content.get(section), dict):
             raise InputError(f"{path} has no section `{section}`{_nearest(section, content)}")

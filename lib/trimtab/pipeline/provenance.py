@@ -55,10 +55,16 @@ def peak_memory_gib() -> float:
 
 
 def describe(
-    *, root: Path, notebook: str, sections: list[str], parameters: Mapping[str, Any], seconds: float, outcome: str
+    *,
+    revision: tuple[str, bool],
+    notebook: str,
+    sections: list[str],
+    parameters: Mapping[str, Any],
+    seconds: float,
+    outcome: str,
 ) -> str:
-    """The provenance cell, in Markdown. `seconds` is the wall time of the run."""
-    head, dirty = commit(root)
+    """The provenance cell, in Markdown. `revision` is that of `commit`, `seconds` the wall time of the run."""
+    head, dirty = revision
     rows = {
         "outcome": outcome,
         "notebook": f"`{notebook}`, sections {', '.join(f'`{s}`' for s in sections) or 'none'}",

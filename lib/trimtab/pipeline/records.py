@@ -108,7 +108,7 @@ def _clean(output: NotebookNode, root: Path) -> NotebookNode:
 def _text(text: str, root: Path) -> str:
     text = _CELL_FILE.sub("<cell>", text)
     # Longest first: the environment usually lies inside the root, and the root inside the home.
-    places = {str(Path(sys.prefix)): "<env>", str(root): ".", str(Path.home()): "~"}
+    places = {sys.prefix: "<env>", sys.base_prefix: "<python>", str(root): ".", str(Path.home()): "~"}
     for place in sorted(places, key=len, reverse=True):
         if len(place) > 1:
             text = text.replace(place, places[place])

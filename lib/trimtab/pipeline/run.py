@@ -11,7 +11,7 @@ from trimtab.checkpoint import remove
 from trimtab.errors import InputError
 from trimtab.pipeline.execution import execute
 from trimtab.pipeline.parameters import collect, read_sections
-from trimtab.pipeline.provenance import describe
+from trimtab.pipeline.provenance import commit, describe
 from trimtab.pipeline.records import make_record, write_record
 from trimtab.pipeline.terminal import Terminal
 
@@ -36,16 +36,24 @@ def run_notebook(
     source = str(notebook)
     try:
         content = nbformat.read(root / notebook, as_version=4)
+        nbformat.validate(content)
     except FileNotFoundError:
         raise InputError(f"{notebook} does not exist under the repository's root.") from None
-    except nbformat.reader.NotJSONError:
-        raise InputError(f"{notebook} is not a notebook.") from None
+    except (
+        nbformat.reader.NotJSONError,
+        nbformat.ValidationError,
+        AttributeError,
+        KeyError,
+        TypeError,
+        IsADirectoryError,
+    ):
+        raise InputError(f"{notebook} is not a notebook that nbformat can read.") from None
     given = {**settings, **{name: str(path) for name, path in outputs.items()}}
     parameters = collect(content, source, read_sections(root / "params.yaml", sections), given)
     remove(root / record)
     for path in outputs.values():
         remove(root / path)
-    began = time.monotonic()
+    began, revision = time.monotonic(), commit(root)  # as it is now: somebody may commit while the notebook runs
     with Terminal(record.stem, (root / record).with_suffix(".log")) as terminal:
         terminal.line(f"{source} with sections {', '.join(sections)}; parameters {parameters}", shown=False)
         execution = execute(content, parameters, terminal, cwd=root, cell_timeout=cell_timeout)
@@ -60,7 +68,7 @@ def run_notebook(
         seconds = time.monotonic() - began
         outcome = f"failed: {execution.failure}" if execution.failure else "complete"
         provenance = describe(
-            root=root,
+            revision=revision,
             notebook=source,
             sections=list(sections),
             parameters=parameters,

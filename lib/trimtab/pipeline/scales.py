@@ -2,11 +2,15 @@
 
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 from trimtab.errors import InputError
 from trimtab.pipeline.provenance import PRODUCTS
+
+COPY_MARKER = ".git/trimtab-copy"
+"""What tells an earlier copy, which may be replaced, from any other folder."""
 
 
 def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence[str] = ()) -> None:
@@ -32,9 +36,18 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
 
     Nothing is shared with the original: neither the DVC cache nor what was last produced.
     """
+    target = target.resolve()
+    marker = target / COPY_MARKER
+    if target == root.resolve() or target in root.resolve().parents or (target.exists() and not marker.exists()):
+        raise InputError(f"{target} exists and is no earlier copy: name a new folder, such as scratch/smoke.")
+    with tempfile.TemporaryDirectory() as scratch:  # an unknown scale must be found out before anything is replaced
+        compose(root, Path(scratch) / "params.yaml", scale)
     produced = [f":(exclude){path}" for path in PRODUCTS]
     listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", ".", *produced]
-    names = subprocess.run(listed, capture_output=True, check=True).stdout.decode().split("\0")
+    done = subprocess.run(listed, capture_output=True, check=False)
+    if done.returncode:
+        raise InputError(f"{root} is not a git repository: only a checkout can be copied.")
+    names = done.stdout.decode().split("\0")
     shutil.rmtree(target, ignore_errors=True)
     for name in filter(None, names):
         source = root / name
@@ -45,3 +58,4 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
     identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
     for arguments in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", f"scale={scale}"]):
         subprocess.run(["git", "-C", str(target), *arguments], check=True)
+    marker.write_text(f"{root.resolve()}\n")

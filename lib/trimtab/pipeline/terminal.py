@@ -13,8 +13,8 @@ from rich.status import Status
 QUIET_EVERY = 20.0
 """Seconds between progress lines where the terminal cannot redraw one (CI), and in the log."""
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# What tqdm draws, whether or not the carriage return before it came in the same message.
-_BAR = re.compile(r"\d+%\|.*\||\d+(?:\.\d+)?[kMG]?[a-z]*\s?\[\d+:\d\d")
+# What tqdm draws: everything up to its bracket of times, with the carriage return before it and padding after.
+_BAR = re.compile(r"\r?[^\r\n\]]*\[\d+:\d\d[^\]\r\n]*\] *")
 
 
 class Terminal:
@@ -24,6 +24,7 @@ class Terminal:
         self.title = title
         self.console = Console(file=stream or sys.stderr, highlight=False)
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)  # an earlier log may be a link into the DVC cache: never write through it
         self.log = log.open("w", encoding="utf-8")
         self.status: Status | None = None
         self.cell = ""
@@ -51,20 +52,18 @@ class Terminal:
 
         Progress bars go to the live line and are dropped from the record: their rates differ from run to run.
         """
-        kept = []
-        for line in text.split("\n"):
-            *_, last = line.split("\r")
-            drawn = [part for part in line.split("\r") if part.strip()]
-            if name == "stderr" and drawn and ("\r" in line or _BAR.search(drawn[-1])):
-                if _BAR.search(drawn[-1]):
-                    self.progress(_ANSI.sub("", drawn[-1]).strip())
-                continue
-            kept.append(last if "\r" in line else line)
-        record = "\n".join(kept)
+        text = text.replace("\r\n", "\n")
+        if name == "stderr":
+            bars = _BAR.findall(text)
+            if bars:
+                self.progress(_ANSI.sub("", bars[-1]).strip())
+            text = _BAR.sub("", text)
+            if not _ANSI.sub("", text).strip():
+                return ""  # such as the line feed after a finished bar, which may come in a message of its own
+        # A carriage return overwrites its line: what stays is what was last written on it.
+        record = "\n".join(line.rsplit("\r", 1)[-1] for line in text.split("\n"))
         if record.strip():
-            self.line(record.rstrip("\n"), shown=False)
-        if name == "stderr" and not record.strip():
-            return ""  # the line feed after a finished bar, which may come in a message of its own
+            self.line(record.strip("\n"), shown=False)
         return record
 
     def progress(self, bar: str) -> None:

@@ -28,7 +28,7 @@ def hierarchical_loss(x: Float[Tensor, "batch d_model"], latents: Latents, sae: 
 OBJECTIVES = {"topk": topk_loss, "hierarchical": hierarchical_loss}
 
 CHUNK = 256
-"""Rows worked on at once: their prefixes stay in cache."""
+"""Rows worked on at once on a CPU: their prefixes stay in its cache. A GPU takes all rows."""
 
 
 class _Hierarchical(torch.autograd.Function):
@@ -40,8 +40,9 @@ class _Hierarchical(torch.autograd.Function):
         per_term = 1.0 / (x.numel() * k)
         d_values, d_W, d_b = torch.empty_like(values), torch.zeros_like(W_dec), torch.zeros_like(b_dec)
         loss = torch.zeros((), dtype=x.dtype, device=x.device)
-        for first in range(0, rows, CHUNK):
-            part = slice(first, first + CHUNK)
+        chunk = CHUNK if x.device.type == "cpu" else rows
+        for first in range(0, rows, chunk):
+            part = slice(first, first + chunk)
             # Ranks first, so that each step reads a contiguous column.
             v, i = values[part].T.contiguous(), indices[part].T.contiguous()
             residual = b_dec - x[part]

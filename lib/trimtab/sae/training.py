@@ -3,7 +3,7 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -78,6 +78,17 @@ class Arm:
     def __str__(self) -> str:
         return f"{self.objective}-{self.k}"
 
+    def check(self, config: SAEConfig) -> None:
+        """Raise InputError, before anything is trained, where the arm does not fit what it will be compared on."""
+        if self.k > config.latents:
+            raise InputError(f"{self}: k = {self.k} is more than the dictionary has latents ({config.latents}).")
+        if self.k not in config.budgets:
+            raise InputError(f"{self}: k = {self.k} is not among the budgets {list(config.budgets)} of section `sae`.")
+
+
+class DivergedError(InputError):
+    """The loss stopped being finite."""
+
 
 @dataclass(frozen=True)
 class Trained:
@@ -102,7 +113,8 @@ def train(
     """Train one SAE for `steps` steps. Interrupted and called again with the same checkpoint file, it goes on and ends
     with the same weights. Raises InputError where the loss stops being finite."""
     identity = [str(arm), config.latents, config.batch, config.precision, learning_rate, steps, seed]
-    saved = Checkpoint(checkpoint, [*identity, cache.manifest["fingerprint"], cache.site])
+    machine = [device, torch.get_num_threads()]  # another one would not end with the same weights
+    saved = Checkpoint(checkpoint, [*identity, *machine, cache.manifest["fingerprint"], cache.site])
     sae = SAE(cache.d_model, config.latents, generator=torch.Generator().manual_seed(seed)).to(device)
     optimiser = torch.optim.Adam(sae.parameters(), lr=learning_rate, betas=(0.9, 0.999), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
@@ -124,12 +136,10 @@ def train(
         if step % 20 == 0 or step == steps:
             history.append((step, loss.item()))
             if not history[-1][1] < float("inf"):
-                raise InputError(
-                    f"{arm}: the loss is not finite at step {step}: lower learning rate {learning_rate:g}."
-                )
+                raise DivergedError(f"{arm}: the loss is not finite at step {step}: lower lr {learning_rate:g}.")
             bar.set_postfix(loss=f"{history[-1][1]:.4f}", refresh=False)
         bar.update()
-        if checkpoint is not None and time.monotonic() - last_save > SAVE_EVERY:
+        if checkpoint is not None and (step == steps or time.monotonic() - last_save > SAVE_EVERY):
             saved.save(_state(sae, optimiser), {"step": step, "history": history})
             last_save = time.monotonic()
     bar.close()
@@ -144,17 +154,29 @@ def sweep(
     *,
     seed: int,
     device: str = "cpu",
+    checkpoints: Path | None = None,
 ) -> dict[float, float]:
-    """Validation loss of the arm's own objective after a short run at each learning rate of the grid.
+    """Validation FVU after a short run at each learning rate of the grid; infinite for a rate that diverges.
 
-    The arm's own objective decides: FVU at K for TopK, the mean FVU over 1..K for HierarchicalTopK.
+    The arm's own objective decides: FVU at K for TopK, the mean FVU over 1..K for HierarchicalTopK. With a folder in
+    `checkpoints`, an interrupted sweep goes on where it stopped. Raises InputError where every rate diverges.
     """
     losses = {}
+    budgets = [arm.k] if arm.objective == "topk" else list(range(1, arm.k + 1))
     for rate in config.learning_rates:
-        run = train(arm, config, train_cache, learning_rate=rate, steps=config.sweep_steps, seed=seed, device=device)
-        budgets = [arm.k] if arm.objective == "topk" else list(range(1, arm.k + 1))
-        table = squared_errors(run.sae, val_cache, budgets)
-        losses[rate] = sum(table.fvu().values()) / len(budgets)
+        file = checkpoints / f"sweep-{rate:g}.safetensors" if checkpoints else None
+        options: dict[str, Any] = {"learning_rate": rate, "steps": config.sweep_steps, "seed": seed, "device": device}
+        try:
+            run = train(arm, config, train_cache, checkpoint=file, **options)
+        except DivergedError:
+            losses[rate] = float("inf")
+            continue
+        fvu = sum(squared_errors(run.sae, val_cache, budgets).fvu().values()) / len(budgets)
+        losses[rate] = fvu if fvu < float("inf") else float("inf")  # nan compares false
+    if min(losses.values()) == float("inf"):
+        raise InputError(
+            f"{arm}: the loss diverges at every learning rate of {list(config.learning_rates)}: lower them."
+        )
     return losses
 
 
