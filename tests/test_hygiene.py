@@ -58,6 +58,8 @@ class TestSources:
         assert "**Question.**" in first.source
         assert "**Answer.**" in first.source
         assert "stage.finish(" in notebook.cells[-1].source
+        prose = sum(cell.cell_type == "markdown" for cell in notebook.cells)
+        assert prose >= len(notebook.cells) - prose, "a record should read as a story: at least as much prose as code"
         assert any("## Limits" in cell.source for cell in notebook.cells)
         assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
 
