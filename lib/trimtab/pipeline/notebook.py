@@ -69,7 +69,7 @@ class Stage:
         sources = {str(p.relative_to(library)): p.read_text() for p in sorted(library.rglob("*.py"))}
         folder = Path("scratch/resume") / fingerprint([identity, sources])[:16]
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(f"{folder}.lock")
+        lock = FileLock(f"{folder}.lock", is_singleton=True)  # a cell that is run again takes its own lock again
         try:
             lock.acquire(timeout=0)
         except Timeout:

@@ -15,6 +15,7 @@ QUIET_EVERY = 20.0
 _ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 # What tqdm draws: everything up to its bracket of times, with the carriage return before it and padding after.
 _BAR = re.compile(r"\r?[^\r\n\]]*\[\d+:\d\d[^\]\r\n]*\] *")
+_DRAWING = re.compile(r"\|[^|]*\|\s*")
 
 
 class Terminal:
@@ -67,7 +68,12 @@ class Terminal:
         return record
 
     def progress(self, bar: str) -> None:
-        """Redraw the live line; where that is impossible, print it once in a while."""
+        """Redraw the live line; where that is impossible, print it once in a while.
+
+        The drawing between the bars is left out: tqdm fills the terminal with it, and step, time left and loss, which
+        stand behind it, would be cut off.
+        """
+        bar = _DRAWING.sub(" ", bar)
         self._show(bar)
         if time.monotonic() - self._last_quiet > QUIET_EVERY:
             self._last_quiet = time.monotonic()
