@@ -162,3 +162,17 @@ def test_no_path_of_this_machine_is_committed():
             ["git", "grep", "-lF", "-e", place], cwd=ROOT, capture_output=True, text=True, check=False
         )
         assert not found.stdout.strip(), f"{place} stands in {found.stdout}"
+
+
+def claims_of(page: Path) -> list[str]:
+    return [
+        line
+        for line in page.read_text().splitlines()
+        if re.match(r"\| .* \| \*\*(held|not held|inconclusive)\*\* \|", line)
+    ]
+
+
+def test_the_readme_shows_the_verdicts_of_the_committed_records():
+    recorded = claims_of(ROOT / "records/README.md")
+    assert recorded
+    assert claims_of(ROOT / "README.md") == recorded, "copy the table of claims of records/README.md to README.md"
