@@ -70,9 +70,9 @@ def test_the_front_is_the_best_topk_arm_at_each_k_by_hand():
     assert (pairs.seeds, pairs.groups) == (2, 2)
     ones, first_group = np.ones(2), np.array([2.0, 0.0])
     # Seed 0: hierarchical 10, topk-4 6, topk-2 5 (the best, though it was not trained for k = 4).
-    assert pairs.above_front(HIER, [TWO, FOUR], 0, ones) == pytest.approx(10 / 5 - 1)
-    assert pairs.above_front(HIER, [TWO, FOUR], 1, ones) == pytest.approx(7 / 6 - 1)
-    assert pairs.above_front(HIER, [TWO, FOUR], 1, first_group) == pytest.approx(0)
+    assert pairs.above_front(HIER, [TWO, FOUR], [2, 4], 0, ones) == pytest.approx(10 / 5 - 1)
+    assert pairs.above_front(HIER, [TWO, FOUR], [4], 1, ones) == pytest.approx(7 / 6 - 1)
+    assert pairs.above_front(HIER, [TWO, FOUR], [2, 4], 1, first_group) == pytest.approx(0)
     assert pairs.least_loss(FOUR, HIER, [2], 0, ones) == pytest.approx(6 / 10 - 1)
 
 

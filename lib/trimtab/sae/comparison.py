@@ -104,10 +104,17 @@ class ErrorTensor:
         """Weighted sum of squared errors of one training seed. FVU but for the total, which is the same for all."""
         return float(self.errors[str(arm), k][seed] @ weights)
 
-    def above_front(self, arm: Arm, single: Sequence[Arm], seed: int, weights: Float[np.ndarray, " groups"]) -> float:
-        """Largest, over the k that TopK arms were trained for, of FVU(arm) / FVU(the best TopK arm read at k) - 1."""
+    def above_front(
+        self,
+        arm: Arm,
+        single: Sequence[Arm],
+        budgets: Sequence[int],
+        seed: int,
+        weights: Float[np.ndarray, " groups"],
+    ) -> float:
+        """Largest, over `budgets`, of FVU(arm) / FVU(the best of the TopK arms `single` read at k) - 1."""
         ratios = []
-        for k in [each.k for each in single]:
+        for k in budgets:
             best = min(self.error(each, k, seed, weights) for each in single)
             ratios.append(self.error(arm, k, seed, weights) / best - 1)
         return max(ratios)
@@ -141,9 +148,9 @@ def plot_front(
     axis.set_xticks(shown, [str(k) for k in shown])
     axis.minorticks_off()
     axis.set_yticks([0.1, 0.2, 0.3, 0.5, 0.7, 1.0], ["0.1", "0.2", "0.3", "0.5", "0.7", "1 (mean)"])
-    axis.set_ylim(0.9 * min(fvu["fvu"]), 1.6)
+    axis.set_ylim(0.9 * min(fvu["fvu"]), 1.1)
     axis.set_title("Reconstruction at every sparsity")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def plot_ratios(axis: Axes, fvu: pl.DataFrame, hierarchical: Arm, single: Sequence[Arm], truncated: Arm) -> None:
@@ -159,7 +166,7 @@ def plot_ratios(axis: Axes, fvu: pl.DataFrame, hierarchical: Arm, single: Sequen
     axis.set_xticks(sorted(base), [str(k) for k in sorted(base)])
     axis.minorticks_off()
     axis.set_title("Below 1: better than the one SAE")
-    axis.legend(fontsize=8)
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
 def _fvu(table: pl.DataFrame, arm: Arm, k: int) -> float:
