@@ -2,11 +2,13 @@
 
     python benchmarks/activations.py [--model data/model] [--rounds 15]
 
-The three take turns, so that a slow moment of the machine hits them alike; the table holds medians over rounds, and
+The three take turns in random order, so that a slow moment of the machine, or what one leaves in its caches, hits them
+alike; the table holds medians over rounds, and
 ratios are medians of per-round ratios. Writes benchmarks/activations.csv.
 """
 
 import argparse
+import random
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,7 +74,7 @@ def main() -> None:
         device
     )
     mask = torch.ones_like(ids)
-    rows = []
+    rows, chance = [], random.Random(0)
     for site in options.sites:
         works = {
             "nnsight, early exit": lambda site=site: capture(wrapped, ids, mask, [site]),
@@ -84,7 +86,7 @@ def main() -> None:
             seconds(work, device)
         times = {name: [] for name in works}
         for _ in tqdm(range(options.rounds), desc=f"site {site}"):
-            for name, work in works.items():
+            for name, work in chance.sample(list(works.items()), len(works)):
                 times[name].append(seconds(work, device))
         taken = {name: torch.tensor(values) for name, values in times.items()}
         for name, values in taken.items():
@@ -106,8 +108,8 @@ def main() -> None:
         ),
     )
     table.write_csv(options.out)
-    with pl.Config(tbl_rows=-1, tbl_cols=6):
-        print(table)
+    with pl.Config(tbl_rows=-1, fmt_str_lengths=40):
+        print(table.drop("batch", "device", "hardware", "versions"))
 
 
 if __name__ == "__main__":
