@@ -67,8 +67,8 @@ def test_outliers_scale_and_mean_follow_the_documented_rule(caches):
         )
 
 
-def plant_outliers(folder, target, every=10):
-    """A copy of a cache in which every tenth row of site 0 is a hundred times as long: (copy, rows left)."""
+def lower_threshold(folder, target):
+    """Copy a cache and set site 0's threshold to 0.9 of its median norm, so that many rows lie above; rows left."""
     shutil.copytree(folder, target)
     manifest = json.loads((target / "manifest.json").read_text())
     threshold = float(stored(target, "norms")[:, 0].median()) * 0.9
@@ -80,7 +80,7 @@ def plant_outliers(folder, target, every=10):
 
 
 def test_reading_skips_rows_above_the_threshold(caches, tmp_path):
-    kept = plant_outliers(caches / "train", tmp_path / "copy")
+    kept = lower_threshold(caches / "train", tmp_path / "copy")
     cache = ActivationCache(tmp_path / "copy", 0)
     assert 0 < kept < cache.manifest["rows"]
     assert sum(len(chunk["x"]) for chunk in cache.read()) == kept
@@ -124,7 +124,6 @@ def test_order_depends_on_the_seed_mixes_shards_and_resumes(caches):
 
 CODE = """
 import sys, torch
-sys.path.insert(0, {tests!r})
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trimtab.activations import ActivationsConfig, write_cache
@@ -135,14 +134,14 @@ model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 wrapped = wrap(model, AutoTokenizer.from_pretrained(sys.argv[1]))
 config = ActivationsConfig(sites=(0, 1), batch_blocks=2, shard_blocks=4, compute_dtype="float32")
 print("ready", flush=True)
-write_cache(Path(sys.argv[3]), wrapped, Blocks(Path(sys.argv[2]), "train"), config, identity={{"m": 1}}, bos=0, pad=1)
+write_cache(Path(sys.argv[3]), wrapped, Blocks(Path(sys.argv[2]), "train"), config, identity={"m": 1}, bos=0, pad=1)
 print("finished", flush=True)
 """
 
 
 def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(model_folder, blocks_file, tmp_path):
     def start(folder):
-        command = [sys.executable, "-c", CODE.format(tests="."), str(model_folder), str(blocks_file), str(folder)]
+        command = [sys.executable, "-c", CODE, str(model_folder), str(blocks_file), str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout.readline() == "ready\n"
         return process

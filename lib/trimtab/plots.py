@@ -22,7 +22,6 @@ def figure(columns: int = 1, *, width: float = 5.4, height: float = 3.8) -> tupl
             "grid.alpha": 0.25,
             "legend.frameon": False,
             "axes.prop_cycle": plt.cycler(color=COLOURS),
-            "svg.hashsalt": "trimtab",
         }
     )
     made, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", squeeze=False)

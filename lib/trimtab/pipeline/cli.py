@@ -80,7 +80,7 @@ def copy(
     """Copy the working tree to a repository of its own, at another scale."""
     from trimtab.pipeline.scales import copy_project
 
-    copy_project(_root(), target.resolve(), scale)
+    copy_project(_root(), target, scale)
 
 
 def main() -> None:

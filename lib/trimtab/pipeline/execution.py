@@ -5,6 +5,7 @@ here: a run has succeeded when every code cell was executed and none raised.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import signal
@@ -213,8 +214,6 @@ def _signals() -> Iterator[None]:
 @contextlib.contextmanager
 def _quiet_papermill() -> Iterator[None]:
     """papermill warns about what we have checked already."""
-    import logging
-
     logger = logging.getLogger("papermill")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -83,9 +83,7 @@ def describe(
 def _gpu() -> str:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\n")).strip(
-            ", "
-        )
+        return ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "no GPU"
 

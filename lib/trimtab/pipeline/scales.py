@@ -42,6 +42,7 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
         raise InputError(f"{target} exists and is no earlier copy: name a new folder, such as scratch/smoke.")
     with tempfile.TemporaryDirectory() as scratch:  # an unknown scale must be found out before anything is replaced
         compose(root, Path(scratch) / "params.yaml", scale)
+        composed = (Path(scratch) / "params.yaml").read_text()
     produced = [f":(exclude){path}" for path in PRODUCTS]
     listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", ".", *produced]
     done = subprocess.run(listed, capture_output=True, check=False)
@@ -54,7 +55,7 @@ def copy_project(root: Path, target: Path, scale: str) -> None:
         if source.is_file():  # a file deleted but still tracked is no part of the working tree
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(source, target / name)
-    compose(target, target / "params.yaml", scale)
+    (target / "params.yaml").write_text(composed)
     identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
     for arguments in (["init", "--quiet"], ["add", "--all"], [*identity, "commit", "--quiet", "-m", f"scale={scale}"]):
         subprocess.run(["git", "-C", str(target), *arguments], check=True)

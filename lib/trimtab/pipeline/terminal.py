@@ -9,6 +9,7 @@ from typing import TextIO
 
 from rich.console import Console
 from rich.status import Status
+from rich.text import Text
 
 QUIET_EVERY = 20.0
 """Seconds between progress lines where the terminal cannot redraw one (CI), and in the log."""
@@ -88,6 +89,4 @@ class Terminal:
 
     def _show(self, text: str) -> None:
         if self.status:
-            from rich.text import Text
-
             self.status.update(Text(f"{self.title} · {self.cell} · {text}"[: self.console.width - 4]))
