@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: repro test smoke lab bench lock
+.PHONY: repro test smoke lab bench peers lock
 .DEFAULT_GOAL := repro
 
 .venv/installed: requirements.lock pyproject.toml
@@ -15,7 +15,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/installed        ## rebuild every result at the scale that params.yaml holds
 	dvc repro
 
-test: .venv/installed         ## every check, the pipeline at the smoke scale among them
+.venv/tested: .venv/installed  # a GPU build of torch has brought its Triton; without one the kernels' tests interpret it
+	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --no-deps triton==3.7.1
+	touch $@
+
+test: .venv/tested .venv-peers/installed  ## every check, the pipeline at the smoke scale among them
 	ruff check .
 	ruff format --check .
 	mypy
@@ -28,8 +32,16 @@ smoke: .venv/installed        ## the whole pipeline at the smoke scale, in a cop
 lab: .venv/installed          ## JupyterLab on the notebooks
 	jupyter lab
 
-bench: .venv/installed        ## side-by-side measurements; each writes the CSV beside it
+bench: .venv/installed .venv-peers/installed        ## side-by-side measurements; each writes the CSV beside it
 	for script in benchmarks/*.py; do python $$script || exit 1; done
+
+.venv-peers/installed: .venv/installed benchmarks/peers.txt  # other SAE libraries, over what .venv has
+	$(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trimtab.pth"
+	touch $@
+
+peers: .venv-peers/installed  ## other libraries, for the exchange tests and benchmarks/sae.py
 
 lock: .venv/installed         ## resolve pyproject.toml anew
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --output-file requirements.lock

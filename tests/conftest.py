@@ -2,13 +2,16 @@
 
 import os
 
+import torch
+
 os.environ["HF_HUB_OFFLINE"] = "1"
+if not torch.cuda.is_available():  # before anything imports Triton, as transformers does where it is installed
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GgufConfig,
@@ -100,6 +101,19 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
         raise InputError(f"{path} lacks {len(lacking)} tensors of the model, {lacking[0]} among them: fetch it again.")
     model.to(torch.device(device))
     return model.eval()
+
+
+def random_model(folder: str | Path, dtype: str = "float32", device: str = "cpu", *, seed: int = 0) -> PreTrainedModel:
+    """The architecture of a model folder with fresh weights, as its own code initialises them: a control.
+
+    Equal seeds give equal weights. The global random state is left as it was.
+    """
+    config = AutoConfig.from_pretrained(_model_folder(folder), trust_remote_code=False, local_files_only=True)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    kind = model.dtype if dtype == "auto" else DTYPES[dtype]
+    return model.to(torch.device(device), kind).eval()
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:

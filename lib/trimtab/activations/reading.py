@@ -71,14 +71,22 @@ class ActivationCache:
         """(x - mean) * scale in fp32, `[rows, d_model]`."""
         return (raw.float() - self.mean) * self.statistics.scale
 
-    def read(self) -> Iterator[dict[str, Tensor]]:
-        """All kept rows in order: dicts of `x` (normalised fp32 [n, d_model]), `token`, `document`, `position` [n]."""
+    def read(self, *, raw: bool = False, outliers: bool = False) -> Iterator[dict[str, Tensor]]:
+        """All kept rows in order: dicts of `x` (normalised fp32 [n, d_model]), `token`, `document`, `position` [n].
+
+        `raw`: in the model's own units, not normalised. `outliers`: the excluded rows as well, told apart by a column
+        `kept` of booleans.
+        """
         for shard, entry in zip(self.shards, self.manifest["shards"], strict=True):
             for start in range(0, entry["rows"], CHUNK):
                 stop = min(start + CHUNK, entry["rows"])
-                keep = self._keep(shard, start, stop)
+                kept = self._keep(shard, start, stop)
+                keep = slice(None) if outliers else kept
                 ids = {name: shard.get_slice(name)[start:stop][keep] for name in ("token", "document", "position")}
-                yield {"x": self.normalise(shard.get_slice(self.key)[start:stop][keep]), **ids}
+                if outliers:
+                    ids["kept"] = kept
+                x = shard.get_slice(self.key)[start:stop][keep]
+                yield {"x": x.float() if raw else self.normalise(x), **ids}
 
     def batches(
         self, batch: int, *, seed: int, page: int = 256, buffer: int = 65_536, skip: int = 0

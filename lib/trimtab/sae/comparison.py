@@ -1,18 +1,53 @@
-"""Comparing arms from their stored held-out errors: tables, ratios under resampling, and the figure of the front."""
+"""Comparing arms from their stored held-out errors: tables, and ratios under resampling."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 from jaxtyping import Float
-from matplotlib.axes import Axes
 
-from trimtab.checkpoint import load_tensors
 from trimtab.errors import InputError
-from trimtab.plots import COLOURS
-from trimtab.sae.training import Arm
+from trimtab.sae.config import Arm
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The arms of a comparison, by their part in it."""
+
+    hierarchical: Arm
+    """HierarchicalTopK over J = 1..K: the one SAE."""
+    single: tuple[Arm, ...]
+    """TopK arms by k."""
+    others: tuple[Arm, ...]
+    """Further baselines, in the order given."""
+
+    @classmethod
+    def of(cls, arms: Sequence[str]) -> "Sides":
+        """Raises InputError unless there is one hierarchical-K, and a topk-K for the same K."""
+        parsed = [Arm.parse(arm) for arm in arms]
+        hierarchical = [arm for arm in parsed if arm.kind == "hierarchical"]
+        single = sorted((arm for arm in parsed if arm.kind == "topk"), key=lambda arm: arm.k)
+        if len(hierarchical) != 1 or not single or single[-1].k != hierarchical[0].k:
+            raise InputError(
+                "sae_compare: arms must hold one hierarchical-K, topk-K for the same K, and no topk of a larger one, "
+                f"not {list(arms)}."
+            )
+        others = tuple(arm for arm in parsed if arm.kind not in ("hierarchical", "topk"))
+        return cls(hierarchical[0], tuple(single), others)
+
+    @property
+    def truncated(self) -> Arm:
+        """The TopK arm of the same K, which is also read below it."""
+        return self.single[-1]
+
+    @property
+    def pow2(self) -> Arm | None:
+        """HierarchicalTopK over J = powers of two up to the same K, where it was trained."""
+        wanted = Arm("hierarchical-pow2", self.hierarchical.k)
+        return wanted if wanted in self.others else None
 
 
 def read_errors(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
@@ -20,27 +55,9 @@ def read_errors(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
     return _read(folder, arms, "errors.parquet")
 
 
-def read_alive(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
-    """The `alive.parquet` of every arm: columns `arm`, `seed`, `k`, `alive`, `fvu`."""
-    return _read(folder, arms, "alive.parquet")
-
-
-def sides(arms: Sequence[str]) -> tuple[Arm, list[Arm]]:
-    """(the HierarchicalTopK arm, the TopK arms by k). Raises InputError unless there is one and at least one."""
-    parsed = [Arm.parse(arm) for arm in arms]
-    hierarchical = [arm for arm in parsed if arm.objective == "hierarchical"]
-    single = sorted((arm for arm in parsed if arm.objective == "topk"), key=lambda arm: arm.k)
-    if len(hierarchical) != 1 or not single:
-        raise InputError(f"sae_compare: arms must hold one hierarchical-K and at least one topk-K, not {list(arms)}.")
-    if hierarchical[0].k < single[-1].k:
-        raise InputError(f"sae_compare: {hierarchical[0]} is not trained up to the k of {single[-1]}.")
-    return hierarchical[0], single
-
-
-def site_of(folder: Path) -> int:
-    """The site that an arm's SAEs were trained on."""
-    file = min(folder.glob("seed-*.safetensors"))
-    return int(load_tensors(file)[1]["site"])
+def read_readings(folder: Path, arms: Sequence[str]) -> pl.DataFrame:
+    """The `readings.parquet` of every arm: columns `arm`, `seed`, `k`, and the measures of `notebooks/sae.ipynb`."""
+    return _read(folder, arms, "readings.parquet")
 
 
 def fvu_table(errors: pl.DataFrame) -> pl.DataFrame:
@@ -57,15 +74,24 @@ def fvu_table(errors: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def alive_difference(alive: pl.DataFrame, one: Arm, other: Arm) -> list[float]:
+def fvu_of(table: pl.DataFrame, arm: Arm, k: int) -> float:
+    """One entry of `fvu_table`."""
+    return table.filter((pl.col("arm") == str(arm)) & (pl.col("k") == k))["fvu"].item()
+
+
+def alive_difference(readings: pl.DataFrame, one: Arm, other: Arm) -> list[float]:
     """Alive share of `one` at its K less that of `other` at its own, seed by seed."""
     shares = {
         arm: dict(
-            alive.filter((pl.col("arm") == str(arm)) & (pl.col("k") == arm.k)).select("seed", "alive").iter_rows()
+            readings.filter((pl.col("arm") == str(arm)) & (pl.col("k") == arm.k)).select("seed", "alive").iter_rows()
         )
         for arm in (one, other)
     }
     return [shares[one][seed] - shares[other][seed] for seed in sorted(shares[one])]
+
+
+Weights = Float[np.ndarray, " groups"]
+"""A weight for each group of documents: ones, or the counts of a bootstrap sample."""
 
 
 @dataclass(frozen=True)
@@ -100,77 +126,30 @@ class ErrorTensor:
         shape = next(iter(arrays.values())).shape
         return cls(arrays, *shape)
 
-    def error(self, arm: Arm, k: int, seed: int, weights: Float[np.ndarray, " groups"]) -> float:
+    def error(self, arm: Arm, k: int, seed: int, weights: Weights) -> float:
         """Weighted sum of squared errors of one training seed. FVU but for the total, which is the same for all."""
         return float(self.errors[str(arm), k][seed] @ weights)
 
-    def above_front(
-        self,
-        arm: Arm,
-        single: Sequence[Arm],
-        budgets: Sequence[int],
-        seed: int,
-        weights: Float[np.ndarray, " groups"],
-    ) -> float:
-        """Largest, over `budgets`, of FVU(arm) / FVU(the best of the TopK arms `single` read at k) - 1."""
+    def excess(self, one: tuple[Arm, int], other: tuple[Arm, int], seed: int, weights: Weights) -> float:
+        """FVU(one) / FVU(other) - 1, each an arm and the k at which it is read."""
+        return self.error(*one, seed, weights) / self.error(*other, seed, weights) - 1
+
+    def worst_excess(self, one: Arm, others: Mapping[int, Sequence[Arm]], seed: int, weights: Weights) -> float:
+        """Largest, over k, of FVU(one) / FVU(the best of others[k]) - 1, all read at k."""
         ratios = []
-        for k in budgets:
-            best = min(self.error(each, k, seed, weights) for each in single)
-            ratios.append(self.error(arm, k, seed, weights) / best - 1)
+        for k, arms in others.items():
+            best = min(self.error(arm, k, seed, weights) for arm in arms)
+            ratios.append(self.error(one, k, seed, weights) / best - 1)
         return max(ratios)
 
-    def least_loss(
-        self, one: Arm, other: Arm, budgets: Sequence[int], seed: int, weights: Float[np.ndarray, " groups"]
-    ) -> float:
+    def least_excess(self, one: Arm, other: Arm, budgets: Sequence[int], seed: int, weights: Weights) -> float:
         """Smallest, over `budgets`, of FVU(one) / FVU(other) - 1."""
-        return min(self.error(one, k, seed, weights) / self.error(other, k, seed, weights) - 1 for k in budgets)
+        return min(self.excess((one, k), (other, k), seed, weights) for k in budgets)
 
-
-def plot_front(
-    axis: Axes, fvu: pl.DataFrame, hierarchical: Arm, single: Sequence[Arm], untrained: Mapping[int, float]
-) -> None:
-    """FVU over k on log axes: every arm's curve, with a filled point where a TopK SAE stands at its own k."""
-    for colour, arm in zip(COLOURS[1:], single, strict=False):
-        rows = fvu.filter(pl.col("arm") == str(arm)).sort("k")
-        axis.plot(rows["k"], rows["fvu"], color=colour, linewidth=1, alpha=0.6)
-        own = rows.filter(pl.col("k") == arm.k).row(0, named=True)
-        spread = [[own["fvu"] - own["low"]], [own["high"] - own["fvu"]]]
-        axis.errorbar(
-            arm.k, own["fvu"], yerr=spread, fmt="o", color=colour, label=f"TopK, trained at {arm.k}", zorder=3
-        )
-    rows = fvu.filter(pl.col("arm") == str(hierarchical)).sort("k")
-    axis.plot(rows["k"], rows["fvu"], color=COLOURS[0], linewidth=2.2, label="HierarchicalTopK, one SAE", zorder=4)
-    axis.fill_between(rows["k"], rows["low"], rows["high"], color=COLOURS[0], alpha=0.25)
-    shown = sorted(untrained)
-    axis.plot(shown, [untrained[k] for k in shown], ":", color=COLOURS[6], label="untrained SAE (control)")
-    axis.axhline(1, color=COLOURS[6], linewidth=0.8)
-    axis.set(xlabel="k, latents read per token", ylabel="FVU on held-out tokens", xscale="log", yscale="log")
-    axis.set_xticks(shown, [str(k) for k in shown])
-    axis.minorticks_off()
-    axis.set_yticks([0.1, 0.2, 0.3, 0.5, 0.7, 1.0], ["0.1", "0.2", "0.3", "0.5", "0.7", "1 (mean)"])
-    axis.set_ylim(0.9 * min(fvu["fvu"]), 1.1)
-    axis.set_title("Reconstruction at every sparsity")
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-
-
-def plot_ratios(axis: Axes, fvu: pl.DataFrame, hierarchical: Arm, single: Sequence[Arm], truncated: Arm) -> None:
-    """FVU relative to HierarchicalTopK: the best TopK SAE at each trained k, and the largest one read below its own."""
-    base = dict(fvu.filter(pl.col("arm") == str(hierarchical)).select("k", "fvu").iter_rows())
-    best = [(k, min(_fvu(fvu, arm, k) for arm in single) / base[k]) for k in (arm.k for arm in single)]
-    cut = [(k, _fvu(fvu, truncated, k) / base[k]) for k in sorted(base)]
-    axis.axhline(1, color=COLOURS[0], linewidth=2.2, label="HierarchicalTopK, one SAE")
-    axis.axhline(1 / 1.05, color=COLOURS[6], linewidth=0.8, linestyle="--", label="HierarchicalTopK 5 % above")
-    axis.plot(*zip(*best, strict=True), "o", color=COLOURS[7], label="best TopK SAE at that k")
-    axis.plot(*zip(*cut, strict=True), "s--", color=COLOURS[5], label=f"TopK trained at {truncated.k}, read at k")
-    axis.set(xlabel="k, latents read per token", ylabel="FVU / FVU of HierarchicalTopK", xscale="log")
-    axis.set_xticks(sorted(base), [str(k) for k in sorted(base)])
-    axis.minorticks_off()
-    axis.set_title("Below 1: better than the one SAE")
-    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-
-
-def _fvu(table: pl.DataFrame, arm: Arm, k: int) -> float:
-    return table.filter((pl.col("arm") == str(arm)) & (pl.col("k") == k))["fvu"].item()
+    def least_growth(self, one: Arm, other: Arm, budgets: Sequence[int], seed: int, weights: Weights) -> float:
+        """Smallest rise of FVU(one) / FVU(other) - 1 from one of `budgets` to the next smaller one."""
+        margins = [self.excess((one, k), (other, k), seed, weights) for k in sorted(budgets)]
+        return min(smaller - larger for smaller, larger in pairwise(margins))
 
 
 def _read(folder: Path, arms: Sequence[str], name: str) -> pl.DataFrame:
