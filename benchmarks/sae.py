@@ -1,0 +1,216 @@
+"""SAE training side by side: a whole step, the decoder's loss alone, memory, and what comes out of equal tokens.
+
+    python benchmarks/sae.py [--rounds 7] [--k 16 32 64 128] [--threads 2]
+
+Contenders are this project's arms, a dense compiled step, and other libraries' own trainers (`make peers`), each in a
+process of its own (`contenders/worker.py`), all fed the same rows. They take turns in random order, so that a slow
+moment of the machine hits them alike; times are medians over rounds, ratios are medians of per-round ratios. With a GPU
+its shapes are measured as well. Writes benchmarks/sae.csv, in which rows of an absent device stay as they were, and the
+table of benchmarks/README.md.
+"""
+
+import argparse
+import dataclasses
+import datetime
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import polars as pl
+import torch
+import torch.nn.functional as F
+from contenders import report
+from contenders.shape import Shape
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from trimtab.activations import ActivationCache
+from trimtab.errors import InputError
+from trimtab.pipeline.provenance import hardware
+
+ROOT = Path(__file__).parents[1]
+PEERS = Path(os.environ.get("TRIMTAB_PEERS", ROOT / ".venv-peers")) / "bin/python"
+OURS, HELD_OUT = "Trimtab TopK", 8192
+CPU = {"d_model": 576, "latents": 4096, "batch": 2048}
+GPU = {"d_model": 2304, "latents": 65_536, "batch": 4096, "device": "cuda"}
+TRAINING = {"k": 32, "batch": 1024}
+"""Shape of the runs that FVU is read from; it has 100 steps, as many rows as 50 of the measured ones."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    where: str
+    """`module.Class` in `contenders/`; what is in `peers` runs in the peers' environment."""
+    rates: tuple[float, ...] = ()
+    """Learning rates that its FVU is the best of; none: it takes no part in that."""
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    bf16: bool = True
+    """Whether it knows bf16 products on that device."""
+
+    def command(self, shape: Shape, data: Path, *mode: str) -> list[str]:
+        python = str(PEERS) if self.where.startswith("peers.") else sys.executable
+        worker = str(Path(__file__).parent / "contenders/worker.py")
+        return [python, worker, self.where, json.dumps(dataclasses.asdict(shape)), str(data), *mode]
+
+
+RATES = (1e-3, 2e-3, 4e-3)
+CONTENDERS = [
+    Contender(OURS, "ours.Trimtab", RATES),
+    Contender("Trimtab HierarchicalTopK, J = powers of two", "ours.TrimtabPowersOfTwo", RATES),
+    Contender("Trimtab HierarchicalTopK, J = 1..K", "ours.TrimtabAll", RATES),
+    Contender("dense, torch.compile", "ours.Dense"),
+    Contender("all prefixes at once, torch.compile", "ours.DensePrefixes", devices=("cuda",)),
+    Contender("rank by rank, index_add", "ours.RankByRank", devices=("cuda",)),
+    Contender("sae-lens", "peers.SAELens", RATES, devices=("cpu",)),
+    Contender("dictionary-learning", "peers.DictionaryLearning", RATES, devices=("cpu",), bf16=False),
+    Contender("eai-sparsify", "peers.Sparsify", RATES, devices=("cpu",), bf16=False),
+]
+
+
+class Worker:
+    """A contender's process in measuring mode."""
+
+    def __init__(self, contender: Contender, shape: Shape, data: Path, log: Path) -> None:
+        self.name, self.log = contender.name, log
+        self.process = subprocess.Popen(
+            contender.command(shape, data, "measure"),
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"), text=True, bufsize=1,
+        )  # fmt: skip
+
+    def answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise InputError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, command: str) -> Any:
+        self.process.stdin.write(command + "\n")
+        return self.answer()
+
+
+def measure(contenders: list[Contender], shape: Shape, data: Path, rounds: int) -> list[dict[str, Any]]:
+    """One row for each contender; see the module."""
+    title = f"{shape.device} K={shape.k} {shape.precision}"
+    log = data.with_suffix(".log")
+    workers = [Worker(contender, shape, data, log) for contender in contenders]
+    for worker in tqdm(workers, desc=f"{title} warm-up"):
+        worker.answer()
+        for command in ("step", "decoder", "step", "decoder", "reset"):
+            worker.ask(command)
+    times = {command: {worker.name: [] for worker in workers} for command in ("step", "decoder")}
+    peaks = {}
+    chance = random.Random(0)
+    for command in times:
+        for _ in tqdm(range(rounds), desc=f"{title} {command}"):
+            for worker in chance.sample(workers, len(workers)):
+                times[command][worker.name].append(worker.ask(command))
+        peaks = peaks or {worker.name: worker.ask("peak") for worker in workers}
+    for worker in workers:
+        worker.process.stdin.close()
+        worker.process.wait()
+    rows = []
+    for name, steps in times["step"].items():
+        row = {"contender": name, **dataclasses.asdict(shape), "tokens_per_s": round(1e3 * shape.batch / median(steps))}
+        for command, by_name in times.items():
+            ms = by_name[name]
+            row |= {f"{command}_ms": median(ms), f"{command}_low": min(ms), f"{command}_high": max(ms)}
+            row[f"{command}_over_ours"] = median(a / b for a, b in zip(ms, by_name[OURS], strict=True))
+        rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} | {"peak_mib": peaks[name]})
+    return rows
+
+
+def train(contenders: list[Contender], shape: Shape, data: Path) -> dict[str, tuple[float, float]]:
+    """(held-out FVU, learning rate) of each contender that has rates, at the best of them."""
+    best = {}
+    for contender in tqdm([c for c in contenders if c.rates], desc=f"{shape.device} training"):
+        command = contender.command(shape, data, "train", *map(str, contender.rates))
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise InputError(f"{contender.name} stopped: {done.stderr[-2000:]}")
+        found = {float(rate): fvu for rate, fvu in json.loads(done.stdout).items()}
+        tqdm.write(f"{contender.name}: {found}")
+        rate = min(found, key=found.__getitem__)
+        best[contender.name] = (round(found[rate], 4), rate)
+    return best
+
+
+def write_rows(folder: Path, shape: Shape, steps: int) -> tuple[Path, str]:
+    """The rows that all contenders read: (file, what they are)."""
+    train_cache, test_cache = ROOT / "data/activations/train", ROOT / "data/activations/test"
+    measured, trained, batch = 4 * shape.batch, steps * TRAINING["batch"], TRAINING["batch"]
+    if shape.d_model == CPU["d_model"] and (train_cache / "manifest.json").is_file():
+        stream = ActivationCache(train_cache, checksums=False).batches(batch, seed=0)
+        rows = torch.cat([next(stream) for _ in range((measured + trained) // batch)])
+        held_out = next(ActivationCache(test_cache, checksums=False).read())["x"]
+        origin = "activations of data/activations"
+    else:
+        rows, held_out = synthetic(shape.d_model, measured + trained), synthetic(shape.d_model, HELD_OUT, seed=1)
+        origin = "synthetic: 32 of 4 d directions, exponential amplitudes, noise"
+    path = folder / f"rows-{shape.d_model}.safetensors"
+    tensors = {
+        "measured": rows[:measured].view(4, shape.batch, -1),
+        "train": rows[measured:].view(steps, batch, -1),
+        "held_out": held_out[:HELD_OUT],
+    }
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
+    return path, origin
+
+
+def synthetic(d_model: int, rows: int, seed: int = 0) -> torch.Tensor:
+    directions = F.normalize(torch.randn(4 * d_model, d_model, generator=torch.Generator().manual_seed(0)), dim=1)
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.randint(len(directions), (rows, 32), generator=generator)
+    amplitudes = torch.empty(rows, 32).exponential_(generator=generator)
+    x = F.embedding_bag(indices, directions, per_sample_weights=amplitudes, mode="sum")
+    x += 0.02 * torch.randn(x.shape, generator=generator)
+    return (x - x.mean(dim=0)) * (d_model**0.5 / x.norm(dim=1).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--k", type=int, nargs="+", default=[16, 32, 64, 128])
+    parser.add_argument("--steps", type=int, default=100, help="of the runs that FVU is read from")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    options = parser.parse_args()
+    if not PEERS.is_file():
+        raise SystemExit("The other libraries are not installed: run `make peers`.")
+    os.environ |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for device in devices:
+            table += device_rows(device, options, Path(folder))
+    report.write(options.out, pl.DataFrame(table, infer_schema_length=None), devices)
+
+
+def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Every shape and precision of a device."""
+    contenders = [contender for contender in CONTENDERS if device in contender.devices]
+    base = Shape(**(CPU if device == "cpu" else GPU), k=TRAINING["k"])
+    data, origin = write_rows(folder, base, options.steps if device == "cpu" else 1)
+    shapes = [dataclasses.replace(base, k=k) for k in (options.k if device == "cpu" else (32, 128))]
+    rows = [row for shape in shapes for row in measure(contenders, shape, data, options.rounds)]
+    half = [contender for contender in contenders if contender.bf16]
+    rows += measure(half, dataclasses.replace(base, precision="bf16"), data, options.rounds)
+    if device == "cpu":
+        fvu = train(contenders, dataclasses.replace(base, **TRAINING), data)
+        for row in rows:
+            if (row["k"], row["precision"]) == (base.k, base.precision) and row["contender"] in fvu:
+                row["fvu"], row["rate"] = fvu[row["contender"]]
+    stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": report.versions()}
+    return [row | stamp | {"threads": options.threads, "rows": origin} for row in rows]
+
+
+if __name__ == "__main__":
+    main()
