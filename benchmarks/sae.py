@@ -18,6 +18,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -50,7 +51,7 @@ class Contender:
     where: str
     """`module.Class` in `contenders/`; what is in `peers` runs in the peers' environment."""
     rates: tuple[float, ...] = ()
-    """Learning rates that its FVU is the best of; none: it takes no part in that."""
+    """Learning rates that its FVU is the best of, and beyond where the best is at an end; none: it is not trained."""
     devices: tuple[str, ...] = ("cpu", "cuda")
     bf16: bool = True
     """Whether it knows bf16 products on that device."""
@@ -61,7 +62,7 @@ class Contender:
         return [python, worker, self.where, json.dumps(dataclasses.asdict(shape)), str(data), *mode]
 
 
-RATES = (1e-3, 2e-3, 4e-3)
+RATES = (2e-3, 4e-3, 8e-3)
 CONTENDERS = [
     Contender(OURS, "ours.Trimtab", RATES),
     Contender("Trimtab HierarchicalTopK, J = powers of two", "ours.TrimtabPowersOfTwo", RATES),
@@ -70,7 +71,7 @@ CONTENDERS = [
     Contender("all prefixes at once, torch.compile", "ours.DensePrefixes", devices=("cuda",)),
     Contender("rank by rank, index_add", "ours.RankByRank", devices=("cuda",)),
     Contender("sae-lens", "peers.SAELens", RATES, devices=("cpu",)),
-    Contender("dictionary-learning", "peers.DictionaryLearning", RATES, devices=("cpu",), bf16=False),
+    Contender("dictionary-learning", "peers.DictionaryLearning", (4e-3, 8e-3, 16e-3), devices=("cpu",), bf16=False),
     Contender("eai-sparsify", "peers.Sparsify", RATES, devices=("cpu",), bf16=False),
 ]
 
@@ -127,19 +128,29 @@ def measure(contenders: list[Contender], shape: Shape, data: Path, rounds: int) 
     return rows
 
 
-def train(contenders: list[Contender], shape: Shape, data: Path) -> dict[str, tuple[float, float]]:
-    """(held-out FVU, learning rate) of each contender that has rates, at the best of them."""
-    best = {}
-    for contender in tqdm([c for c in contenders if c.rates], desc=f"{shape.device} training"):
+def train(contenders: list[Contender], shape: Shape, data: Path, threads: int) -> dict[str, tuple[float, float]]:
+    """(held-out FVU, learning rate) of each contender that has rates, at the best of them.
+
+    Time does not matter here: as many contenders as threads train side by side, on one thread each.
+    """
+
+    def best(contender: Contender) -> tuple[float, float]:
         command = contender.command(shape, data, "train", *map(str, contender.rates))
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads_of(1))
         if done.returncode:
             raise InputError(f"{contender.name} stopped: {done.stderr[-2000:]}")
         found = {float(rate): fvu for rate, fvu in json.loads(done.stdout).items()}
-        tqdm.write(f"{contender.name}: {found}")
         rate = min(found, key=found.__getitem__)
-        best[contender.name] = (round(found[rate], 4), rate)
-    return best
+        return round(found[rate], 4), rate
+
+    training = [contender for contender in reversed(contenders) if contender.rates]  # the slow ones first
+    with ThreadPoolExecutor(threads) as pool:
+        results = list(tqdm(pool.map(best, training), total=len(training), desc=f"{shape.device} training"))
+    return {contender.name: result for contender, result in zip(training, results, strict=True)}
+
+
+def threads_of(number: int) -> dict[str, str]:
+    return {name: str(number) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
 
 
 def write_rows(folder: Path, shape: Shape, steps: int) -> tuple[Path, str]:
@@ -184,8 +195,7 @@ def main() -> None:
     options = parser.parse_args()
     if not PEERS.is_file():
         raise SystemExit("The other libraries are not installed: run `make peers`.")
-    os.environ |= {name: str(options.threads) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-    os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    os.environ |= threads_of(options.threads) | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     table = []
     with tempfile.TemporaryDirectory() as folder:
@@ -204,7 +214,7 @@ def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[
     half = [contender for contender in contenders if contender.bf16]
     rows += measure(half, dataclasses.replace(base, precision="bf16"), data, options.rounds)
     if device == "cpu":
-        fvu = train(contenders, dataclasses.replace(base, **TRAINING), data)
+        fvu = train(contenders, dataclasses.replace(base, **TRAINING), data, options.threads)
         for row in rows:
             if (row["k"], row["precision"]) == (base.k, base.precision) and row["contender"] in fvu:
                 row["fvu"], row["rate"] = fvu[row["contender"]]

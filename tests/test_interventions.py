@@ -17,20 +17,17 @@ from trimtab.interventions import capture, direct_logits, resume, splice, wrap
 SMALL = {"vocab_size": 258, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 1}
 
 
-def models(tiny_llama):
+def model_of(family, tiny_llama):
     torch.manual_seed(1)
-    gemma = Gemma2Config(
-        **SMALL, hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8,
-    )  # fmt: skip
-    gpt2 = GPT2Config(**SMALL, n_embd=16, n_layer=3, n_head=2)
-    falcon = FalconConfig(**SMALL, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
-    return {
-        "llama": tiny_llama,
-        "gemma2": Gemma2ForCausalLM(gemma).eval(),
-        "gpt2": GPT2LMHeadModel(gpt2).eval(),
-        "falcon": FalconForCausalLM(falcon).eval(),  # its blocks return tuples
-    }
+    if family == "gemma2":
+        shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        return Gemma2ForCausalLM(Gemma2Config(**SMALL, **shape, num_key_value_heads=1, head_dim=8)).eval()
+    if family == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=16, n_layer=3, n_head=2)).eval()
+    if family == "falcon":  # its blocks return tuples
+        config = FalconConfig(**SMALL, hidden_size=16, num_hidden_layers=3, num_attention_heads=2)
+        return FalconForCausalLM(config).eval()
+    return tiny_llama
 
 
 FAMILIES = ["llama", "gemma2", "gpt2", "falcon"]
@@ -43,7 +40,7 @@ def blocks_of(model):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("padded", [False, True])
 def test_capture_equals_forward_hooks_and_hidden_states(tiny_llama, tokenizer, family, padded):
-    model = models(tiny_llama)[family]
+    model = model_of(family, tiny_llama)
     wrapped = wrap(model, tokenizer)
     ids = torch.randint(2, 258, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
@@ -94,7 +91,7 @@ def test_blocks_above_the_deepest_site_never_run(tiny_llama, tokenizer):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("site", [0, 1, 2])
 def test_splice_equals_a_forward_hook_that_replaces_the_output(tiny_llama, tokenizer, family, padded, site):
-    model = models(tiny_llama)[family]
+    model = model_of(family, tiny_llama)
     ids = torch.randint(2, 258, (3, 11), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     if padded:
@@ -134,7 +131,7 @@ def test_resuming_runs_only_the_blocks_above_the_site(tiny_llama, tokenizer):
 
 @pytest.mark.parametrize(("family", "norm"), [("llama", "norm"), ("gemma2", "norm"), ("gpt2", "ln_f")])
 def test_direct_logits_are_the_gain_and_the_unembedding(tiny_llama, tokenizer, family, norm):
-    model = models(tiny_llama)[family]
+    model = model_of(family, tiny_llama)
     module = getattr(model.transformer if family == "gpt2" else model.model, norm)
     kept = module.weight.detach().clone()
     with torch.no_grad():

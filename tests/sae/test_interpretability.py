@@ -26,7 +26,8 @@ from trimtab.sae.interpretability import (
 )
 
 LETTERS, WINDOWS, WINDOW = 20, 500, 8
-CONFIG = InterpretConfig(seeds=(0,), buckets=(2, 4), latents=100, examples=10, pool=300, window=WINDOW)
+ARMS = ("topk-4", "hierarchical-4")
+CONFIG = InterpretConfig(arms=ARMS, seeds=(0,), buckets=(2, 4), latents=100, examples=10, pool=400, window=WINDOW)
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +113,8 @@ def test_the_score_of_clear_cases():
 
 def test_negatives_are_silent_have_as_many_marks_and_serve_once(letters, tokenizer, encoder):
     generator = np.random.default_rng(0)
-    pool = Pool.embed(letters, 300, tokenizer, encoder, generator)
-    assert len(np.unique(pool.windows)) == len(pool.vectors) == 300
+    pool = Pool.embed(letters, 400, tokenizer, encoder, generator)
+    assert len(np.unique(pool.windows)) == len(pool.vectors) == 400
     assert pool.marks.min() == 1
     assert pool.marks.max() == WINDOW
     active = letters.active(3).windows
@@ -137,7 +138,7 @@ def mean_auroc(contexts, pool, tokenizer, encoder, seed=0):
 def test_latents_that_mean_something_score_high_and_random_ones_at_chance(letters, marks_only, tokenizer, encoder):
     """The trap: windows in which latents fire bear marks. Marks alone must not raise the score, however many."""
     generator = np.random.default_rng(0)
-    pool = Pool.embed(letters, 300, tokenizer, encoder, generator)
+    pool = Pool.embed(letters, 400, tokenizer, encoder, generator)
     score, error = mean_auroc(letters, pool, tokenizer, encoder)
     assert score - error > 0.6
     for control in (letters.shuffled(generator), marks_only, marks_only.shuffled(generator)):
@@ -153,7 +154,7 @@ def test_latents_that_mean_something_score_high_and_random_ones_at_chance(letter
 
 
 def test_latents_that_cannot_be_scored_are_counted(letters, tokenizer, encoder):
-    pool = Pool.embed(letters, 300, tokenizer, encoder, np.random.default_rng(0))
+    pool = Pool.embed(letters, 400, tokenizer, encoder, np.random.default_rng(0))
     fires = np.zeros((5, len(letters.token)), bool)
     fires[0] = True  # never silent
     fires[1, : 3 * WINDOW] = True  # rare
@@ -181,24 +182,30 @@ def test_neurons_are_coordinates_in_both_signs_and_random_directions_are_unit_on
 
 
 def test_differences_by_hand():
-    config = InterpretConfig(seeds=(0, 1), buckets=(8, 64), latents=2, examples=2, pool=6)
+    hierarchical, topk = "hierarchical-64", "topk-64"
+    config = InterpretConfig(arms=(topk, hierarchical), seeds=(0, 1), buckets=(8, 64), latents=2, examples=2, pool=12)
     table = {
-        ("h", 0, "1-8"): [0.9, 0.7], ("h", 0, "9-64"): [0.6], ("h", 1, "1-8"): [0.8, 0.8],
-        ("h", 1, "9-64"): [0.5, 0.7],
-        ("t", 0, "1-8"): [0.7, 0.7], ("t", 0, "9-64"): [0.5, 0.6], ("t", 1, "1-8"): [1, 1],
-        ("t", 1, "9-64"): [0.5, 0.5],
-        ("c", 0, "1-8"): [0.6, 0.4],
+        (hierarchical, 0): ([0.9, 0.7], [0.6]), (hierarchical, 1): ([0.8, 0.8], [0.5, 0.7]),
+        (topk, 0): ([0.7, 0.7], [0.5, 0.6]), (topk, 1): ([1.0, 1.0], [0.5, 0.5]),
+        ("control", 0): ([0.6, 0.4], []),
     }  # fmt: skip
-    rows = [(*key, float(value)) for key, values in table.items() for value in values]
+    rows = [
+        (*key, bucket, value)
+        for key, both in table.items()
+        for bucket, values in zip(config.ranks(), both, strict=True)
+        for value in values
+    ]
     scores = ScoreTensor.of(pl.DataFrame(rows, ["subject", "seed", "bucket", "auroc"], orient="row"), config)
     ones, first = np.ones(2), np.array([2.0, 0.0])
-    assert scores.mean("h", 0, ones) == pytest.approx([0.8, 0.6])
-    assert scores.least_difference("h", ["t"], 0, ones) == pytest.approx(0.05)
-    assert scores.least_difference("h", ["t"], 1, ones) == pytest.approx(-0.2)
-    assert scores.least_difference("h", ["t"], 0, first) == pytest.approx(0.1)
+    assert scores.mean(hierarchical, 0, ones) == pytest.approx([0.8, 0.6])
+    assert scores.mean(hierarchical, 0, ones - first / 2) == pytest.approx([0.7, 0.6]), "a bucket with nothing drawn"
+    np.testing.assert_array_equal(scores.mean("control", 0, ones), [0.5, np.nan])
+    assert scores.least_difference(hierarchical, [topk], 0, ones) == pytest.approx(0.05)
+    assert scores.least_difference(hierarchical, [topk], 1, ones) == pytest.approx(-0.2)
+    assert scores.least_difference(hierarchical, [topk], 0, first) == pytest.approx(0.1)
     # The control has one seed, which stands for all, and nothing to score in the second bucket.
-    assert scores.least_difference("h", ["c"], 1, ones) == pytest.approx(0.3)
-    assert scores.least_difference("h", ["c", "t"], 0, ones) == pytest.approx(0.05)
+    assert scores.least_difference(hierarchical, ["control"], 1, ones) == pytest.approx(0.3)
+    assert scores.least_difference(hierarchical, ["control", topk], 0, ones) == pytest.approx(0.05)
 
 
 @pytest.mark.parametrize(
@@ -208,9 +215,11 @@ def test_differences_by_hand():
         ({"seeds": (1, 1)}, "and each once"),
         ({"buckets": (8, 8)}, "buckets must be positive and ascending"),
         ({"buckets": (0, 8)}, "buckets must be positive and ascending"),
+        ({"arms": ("topk-64",)}, "arms must be topk-64 and hierarchical-64, as the last bucket ends at 64"),
+        ({"buckets": (8, 32)}, "arms must be topk-32 and hierarchical-32"),
         ({"examples": 1}, "examples must be at least 2, not 1"),
         ({"window": 1}, "window must be at least 2, not 1"),
-        ({"pool": 47}, r"pool must be at least 3 x examples = 48, not 47"),
+        ({"pool": 95}, "pool must be at least 6 x examples = 96, not 95"),
         ({"encoder_dtype": "int8"}, "encoder_dtype must be one of float32, bfloat16, float16, not 'int8'"),
     ],
 )

@@ -26,8 +26,8 @@ from trimtab.sae.model import SAE
 
 HIGHLIGHT = 0.3
 """Tokens with at least this share of the window's largest activation are marked, as in delphi."""
-NEGATIVES = 3
-"""Silent windows for each one that fires. They come from the pool, so that more of them cost nothing."""
+NEGATIVES = 6
+"""Silent windows for each one in which a latent fires. They come from the pool, so that more of them cost nothing."""
 
 SCORES: dict[str, Any] = {"bucket": pl.String, "latent": pl.Int32} | dict.fromkeys(
     ("density", "median_rank", "marks", "auroc", "delta"), pl.Float64
@@ -41,6 +41,8 @@ COUNTS: dict[str, Any] = {"bucket": pl.String} | dict.fromkeys(
 class InterpretConfig:
     """What is scored."""
 
+    arms: tuple[str, ...] = ("topk-64", "hierarchical-64")
+    """The two arms that are compared: TopK and HierarchicalTopK, both trained up to the last of the buckets."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds of the SAEs to score."""
     buckets: tuple[int, ...] = (8, 32, 64)
@@ -61,6 +63,11 @@ class InterpretConfig:
             raise InputError(f"sae_interpret: seeds must name at least one seed, and each once, not {self.seeds}.")
         if not self.buckets or self.buckets[0] < 1 or list(self.buckets) != sorted(set(self.buckets)):
             raise InputError(f"sae_interpret: buckets must be positive and ascending, not {self.buckets}.")
+        if sorted(self.arms) != [f"hierarchical-{self.k}", f"topk-{self.k}"]:
+            raise InputError(
+                f"sae_interpret: arms must be topk-{self.k} and hierarchical-{self.k}, as the last bucket ends at "
+                f"{self.k}, not {list(self.arms)}."
+            )
         for name in ("latents", "examples", "window"):
             if getattr(self, name) < 2:
                 raise InputError(f"sae_interpret: {name} must be at least 2, not {getattr(self, name)}.")
@@ -186,8 +193,8 @@ def score_latents(
 ) -> tuple[pl.DataFrame, pl.DataFrame]:
     """(scores, counts) of one dictionary, bucket by bucket.
 
-    A window belongs to the bucket in which the latent's best rank in it lies: what reading up to the bucket's last rank
-    shows and reading up to its first does not. One latent may be scored in several buckets.
+    A window belongs to the bucket in which the latent's best rank in it lies: reading up to the bucket's last rank
+    shows it, stopping before the first does not. One latent may be scored in several buckets.
 
     scores: `bucket`, `latent`, `density` (share of tokens), `median_rank`, `marks` (mean per window), `auroc`, `delta`.
     counts of latents: `bucket`, `firing` (in at least one window), of them `rare` (in fewer than config.examples),
@@ -196,22 +203,26 @@ def score_latents(
     active = [contexts.active(latent) for latent in range(contexts.latents)]
     silent = np.array([len(pool.silent(each.windows)) for each in active])
     density, median_rank = contexts.density(), contexts.median_rank()
-    scores, counts = [], []
-    for bucket, ranks in config.ranks().items():
-        windows = np.array([((each.ranks >= ranks[0]) & (each.ranks <= ranks[1])).sum() for each in active])
+    drawn: list[tuple[str, int, list[Example]]] = []
+    counts = []
+    for bucket, (first, last) in config.ranks().items():
+        windows = np.array([((each.ranks >= first) & (each.ranks <= last)).sum() for each in active])
         often = windows >= config.examples
         scorable = np.flatnonzero(often & (silent >= NEGATIVES * config.examples))
-        drawn = sorted(generator.permutation(scorable)[: config.latents].tolist())
+        chosen = sorted(generator.permutation(scorable)[: config.latents].tolist())
+        for latent in chosen:
+            examples = contexts.quantiles(latent, config.examples, generator, ranks=(first, last))
+            drawn.append((bucket, latent, examples))
         firing, rare = int((windows > 0).sum()), int(((windows > 0) & ~often).sum())
-        counts.append((bucket, firing, rare, firing - rare - len(scorable), len(scorable), len(drawn)))
-        examples = [contexts.quantiles(latent, config.examples, generator, ranks=ranks) for latent in drawn]
-        texts = [highlight(e.tokens, marked(e), tokenizer) for some in examples for e in some]
-        vectors = encoder.embed(texts).split(config.examples)
-        for latent, some, positives in zip(drawn, examples, vectors, strict=bool(texts)):
-            marks = np.array([marked(e).sum() for e in some])
-            negatives = pool.vectors[pool.match(pool.silent(active[latent].windows), marks, generator)]
-            described = (latent, float(density[latent]), float(median_rank[latent]), float(marks.mean()))
-            scores.append((bucket, *described, *example_score(positives, negatives)))
+        counts.append((bucket, firing, rare, firing - rare - len(scorable), len(scorable), len(chosen)))
+    vectors = encoder.embed([highlight(e.tokens, marked(e), tokenizer) for _, _, examples in drawn for e in examples])
+    scores = []
+    for i, (bucket, latent, examples) in enumerate(drawn):
+        marks = np.array([marked(example).sum() for example in examples])
+        negatives = pool.vectors[pool.match(pool.silent(active[latent].windows), marks, generator)]
+        positives = vectors[i * config.examples : (i + 1) * config.examples]
+        described = (latent, float(density[latent]), float(median_rank[latent]), float(marks.mean()))
+        scores.append((bucket, *described, *example_score(positives, negatives)))
     return pl.DataFrame(scores, SCORES, orient="row"), pl.DataFrame(counts, COUNTS, orient="row")
 
 
@@ -243,7 +254,7 @@ class ScoreTensor:
         arrays = {}
         for subject in scores["subject"].unique(maintain_order=True):
             mine = scores.filter(pl.col("subject") == subject)
-            seeds = sorted(mine["seed"].unique())
+            seeds = config.seeds if subject in config.arms else sorted(mine["seed"].unique())
             array = np.full((len(seeds), len(config.buckets), config.latents), np.nan)
             for i, seed in enumerate(seeds):
                 for j, bucket in enumerate(config.ranks()):
@@ -253,12 +264,16 @@ class ScoreTensor:
         return cls(arrays)
 
     def mean(self, subject: str, seed: int, weights: Float[np.ndarray, " latents"]) -> Float[np.ndarray, " buckets"]:
-        """Weighted mean over latents in each bucket; NaN where there are none. A control of one seed stands for all."""
+        """Weighted mean over latents in each bucket; NaN where there are none. A control's one seed stands for all.
+
+        A bucket of few latents, all of which a resampling left out, keeps its plain mean.
+        """
         array = self.scores[subject]
         chosen = array[seed if len(array) > 1 else 0]
-        present = weights * ~np.isnan(chosen)
+        present = ~np.isnan(chosen)
+        share = np.where((present @ weights)[:, None] > 0, present * weights, present)
         with np.errstate(invalid="ignore"):
-            return np.nansum(present * np.nan_to_num(chosen), axis=1) / present.sum(axis=1)
+            return (share * np.nan_to_num(chosen)).sum(axis=1) / share.sum(axis=1)
 
     def least_difference(
         self, subject: str, others: Sequence[str], seed: int, weights: Float[np.ndarray, " latents"]

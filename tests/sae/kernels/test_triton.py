@@ -10,7 +10,7 @@ from trimtab.sae.kernels import naive
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-# Triton 3.6 compiles the kernels as well, but its interpreter fails with NumPy 2.4. conftest.py turns the interpreter on.
+# Triton 3.6 compiles the kernels as well, but its interpreter fails with NumPy 2.4; conftest.py turns that on.
 pytest.importorskip("triton", minversion="3.6" if ON_GPU else "3.7", reason="needs Triton: run `make test`")
 fast = importlib.import_module("trimtab.sae.kernels.triton")
 
