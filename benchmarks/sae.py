@@ -33,7 +33,6 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from trimtab.activations import ActivationCache
-from trimtab.errors import InputError
 from trimtab.pipeline.provenance import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +61,7 @@ class Contender:
         return [python, worker, self.where, json.dumps(dataclasses.asdict(shape)), str(data), *mode]
 
 
+Times = dict[str, list[float]]
 RATES = (2e-3, 4e-3, 8e-3)
 CONTENDERS = [
     Contender(OURS, "ours.Trimtab", RATES),
@@ -89,7 +89,7 @@ class Worker:
     def answer(self) -> Any:
         line = self.process.stdout.readline()
         if not line:
-            raise InputError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
+            raise RuntimeError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
         return json.loads(line)
 
     def ask(self, command: str) -> Any:
@@ -102,30 +102,39 @@ def measure(contenders: list[Contender], shape: Shape, data: Path, rounds: int) 
     title = f"{shape.device} K={shape.k} {shape.precision}"
     log = data.with_suffix(".log")
     workers = [Worker(contender, shape, data, log) for contender in contenders]
-    for worker in tqdm(workers, desc=f"{title} warm-up"):
-        worker.answer()
-        for command in ("step", "decoder", "step", "decoder", "reset"):
-            worker.ask(command)
-    times = {command: {worker.name: [] for worker in workers} for command in ("step", "decoder")}
-    peaks = {}
-    chance = random.Random(0)
-    for command in times:
-        for _ in tqdm(range(rounds), desc=f"{title} {command}"):
-            for worker in chance.sample(workers, len(workers)):
-                times[command][worker.name].append(worker.ask(command))
-        peaks = peaks or {worker.name: worker.ask("peak") for worker in workers}
-    for worker in workers:
-        worker.process.stdin.close()
-        worker.process.wait()
+    try:
+        times, peaks = take_turns(workers, title, rounds)
+    finally:
+        for worker in workers:
+            worker.process.stdin.close()
+            worker.process.wait()
     rows = []
-    for name, steps in times["step"].items():
-        row = {"contender": name, **dataclasses.asdict(shape), "tokens_per_s": round(1e3 * shape.batch / median(steps))}
+    for name, peak in peaks.items():
+        row = {"contender": name, **dataclasses.asdict(shape), "peak_mib": peak}
+        row["tokens_per_s"] = round(1e3 * shape.batch / median(times["step"][name]))
         for command, by_name in times.items():
             ms = by_name[name]
             row |= {f"{command}_ms": median(ms), f"{command}_low": min(ms), f"{command}_high": max(ms)}
             row[f"{command}_over_ours"] = median(a / b for a, b in zip(ms, by_name[OURS], strict=True))
-        rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} | {"peak_mib": peaks[name]})
+        rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     return rows
+
+
+def take_turns(workers: list[Worker], title: str, rounds: int) -> tuple[dict[str, Times], dict[str, float]]:
+    """(milliseconds by command and name, one for each round; peak MiB of the steps by name)."""
+    for worker in tqdm(workers, desc=f"{title} warm-up"):
+        worker.answer()
+        for command in ("step", "decoder", "step", "decoder", "reset"):
+            worker.ask(command)
+    times: dict[str, Times] = {c: {w.name: [] for w in workers} for c in ("step", "decoder")}
+    peaks: dict[str, float] = {}
+    chance = random.Random(0)
+    for command, by_name in times.items():
+        for _ in tqdm(range(rounds), desc=f"{title} {command}"):
+            for worker in chance.sample(workers, len(workers)):
+                by_name[worker.name].append(worker.ask(command))
+        peaks = peaks or {worker.name: worker.ask("peak") for worker in workers}
+    return times, peaks
 
 
 def train(contenders: list[Contender], shape: Shape, data: Path, threads: int) -> dict[str, tuple[float, float]]:
@@ -138,7 +147,7 @@ def train(contenders: list[Contender], shape: Shape, data: Path, threads: int) -
         command = contender.command(shape, data, "train", *map(str, contender.rates))
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads_of(1))
         if done.returncode:
-            raise InputError(f"{contender.name} stopped: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{contender.name} stopped: {done.stderr[-2000:]}")
         found = {float(rate): fvu for rate, fvu in json.loads(done.stdout).items()}
         rate = min(found, key=found.__getitem__)
         return round(found[rate], 4), rate
@@ -219,7 +228,7 @@ def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[
             if (row["k"], row["precision"]) == (base.k, base.precision) and row["contender"] in fvu:
                 row["fvu"], row["rate"] = fvu[row["contender"]]
     stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": report.versions()}
-    return [row | stamp | {"threads": options.threads, "rows": origin} for row in rows]
+    return [row | stamp | {"threads": options.threads, "data": origin} for row in rows]
 
 
 if __name__ == "__main__":

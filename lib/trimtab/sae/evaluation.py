@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import polars as pl
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -167,8 +166,10 @@ def _columns(
     out = []
     for k, x_hat in zip(budgets, reconstructions(sae, latents, budgets), strict=True):
         error = (x - x_hat).square().sum(dim=1)
+        norms = x_hat.square().sum(dim=1)
+        cosine = (total + norms - error) / (2 * (total * norms).sqrt().clamp(min=1e-12))  # by the law of cosines
         active = (latents.values[:, :k] > 0).sum(dim=1)
-        ordinary = torch.stack([torch.ones_like(total), total, error, F.cosine_similarity(x, x_hat), active], dim=1)
+        ordinary = torch.stack([torch.ones_like(total), total, error, cosine, active], dim=1)
         out.append(torch.cat([torch.where(kept[:, None], ordinary, 0), total[:, None], error[:, None]], dim=1))
     return torch.stack(out, dim=1)
 

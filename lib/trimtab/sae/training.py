@@ -84,7 +84,7 @@ class Learner:
         self.optimiser.step()
         self.sae.normalise_decoder()
         self.idle += len(x)
-        self.idle[latents.indices[latents.values > 0]] = 0
+        self.idle.index_fill_(0, latents.indices[latents.values > 0], 0)
         return loss.detach()
 
     def record(self, number: int, loss: Tensor) -> None:
