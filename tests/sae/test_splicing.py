@@ -11,12 +11,12 @@ from trimtab.corpus import Blocks
 from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.sae import SAE
+from trimtab.sae.evaluation import principal_components
 from trimtab.sae.splicing import (
     Condition,
     SpliceConfig,
     baselines,
     prediction_losses,
-    principal_components,
     read_saes,
     readings,
     recovered,

@@ -29,13 +29,12 @@ from trimtab.errors import InputError
 from trimtab.interventions import capture, device_of, resume
 from trimtab.plots import COLOURS
 from trimtab.sae.config import Arm
+from trimtab.sae.evaluation import principal_components
 from trimtab.sae.model import SAE, read_config
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
-PCA_ROWS = 200_000
-"""Rows of the train cache that the covariance is taken from: hundreds for each of its directions."""
 AT_ONCE = 16
 """Predictions compared at a time: with a vocabulary of tens of thousands they stay within the processor's caches,
 which is several times faster than whole batches."""
@@ -131,17 +130,6 @@ def baselines(train: ActivationCache, budgets: Sequence[int], device: str = "cpu
     zero = Condition("zero", None, None, torch.zeros_like)
     constant = Condition("mean", None, None, lambda x: mean.expand_as(x))
     return [zero, constant, *(Condition("pca", None, k, partial(project, k)) for k in budgets)]
-
-
-def principal_components(train: ActivationCache, rows: int = PCA_ROWS) -> Float[Tensor, "d_model d_model"]:
-    """Orthonormal rows, by descending variance, of the first `rows` rows (their order was shuffled by block)."""
-    covariance, seen = torch.zeros(train.d_model, train.d_model, dtype=torch.float64), 0
-    for chunk in train.read():
-        covariance += (chunk["x"].T @ chunk["x"]).double()
-        seen += len(chunk["x"])
-        if seen >= rows:
-            break
-    return torch.linalg.eigh(covariance).eigenvectors.T.flip(0).float()
 
 
 @torch.inference_mode()
