@@ -36,9 +36,9 @@ def plot_front(axis: Axes, fvu: pl.DataFrame, sides: Sides, floors: Mapping[str,
     for style, (name, floor) in zip((":", "-.", "--"), floors.items(), strict=False):
         axis.plot(shown, [floor[k] for k in shown], style, color=COLOURS[6], linewidth=1, label=name)
     axis.axhline(1, color=COLOURS[6], linewidth=0.8)
+    _finish(axis, shown, "FVU on held-out tokens", "Reconstruction at every sparsity", yscale="log")
     axis.set_yticks([0.1, 0.2, 0.3, 0.5, 0.7, 1.0], ["0.1", "0.2", "0.3", "0.5", "0.7", "1 (mean)"])
     axis.set_ylim(0.9 * min(fvu["fvu"]), 1.1)
-    _finish(axis, shown, "FVU on held-out tokens", "Reconstruction at every sparsity", yscale="log")
 
 
 def plot_ratios(axis: Axes, fvu: pl.DataFrame, sides: Sides) -> None:
