@@ -35,7 +35,8 @@ def begin(namespace: Mapping[str, Any]) -> "Stage":
     np.random.seed(seed)  # noqa: NPY002 (libraries that still use the global generator)
     torch.manual_seed(seed)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of a training step
+    # A debugging aid that costs a tenth of a training step.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if wanted not in ("cpu", "cuda", "auto"):
         raise InputError(f"base: device must be cpu, cuda or auto, not {wanted!r}.")
     if wanted == "cuda" and not torch.cuda.is_available():
