@@ -15,7 +15,8 @@ def test_a_scale_and_overrides_change_what_they_say(root, tmp_path):
     compose(root, tmp_path / "b.yaml", "laptop", ["sae.steps=7", "base.threads=1"])
     one, other = (yaml.safe_load((tmp_path / name).read_text()) for name in ("a.yaml", "b.yaml"))
     assert (other["sae"].pop("steps"), other["base"].pop("threads")) == (7, 1)
-    del one["sae"]["steps"], one["base"]["threads"]
+    assert other["sae_random"].pop("steps") == 7, "the control is trained as the SAEs are"
+    del one["sae"]["steps"], one["sae_random"]["steps"], one["base"]["threads"]
     assert one == other
 
 
