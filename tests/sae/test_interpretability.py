@@ -176,7 +176,7 @@ def test_neurons_are_coordinates_in_both_signs_and_random_directions_are_unit_on
         torch.testing.assert_close(values * cache.statistics.scale, expected, rtol=1e-3, atol=1e-3)
         assert (indices == places).float().mean() > 0.99
         made = random_directions(cache, 30, 5, seed=1)
-        torch.testing.assert_close(made.W_enc.norm(dim=1), torch.ones(30))
+        torch.testing.assert_close(made.W_dec.norm(dim=1), torch.ones(30))
         expected = (x @ made.W_enc.T).relu().topk(5, dim=1).values
         torch.testing.assert_close(made.encode(raw, 5).values * cache.statistics.scale, expected, rtol=1e-3, atol=1e-3)
 

@@ -181,8 +181,11 @@ def test_arms_are_named_and_made():
         "jumprelu-8",
         "hierarchical-8",
         "hierarchical-pow2-8",
+        "hierarchical-pow2gap-8",
     ):
         arm = Arm.parse(name)
         assert (str(arm), arm.k, arm.objective().k) == (name, 8, 8)
+    assert Arm.parse("hierarchical-pow2-6").objective().budgets == dict.fromkeys((1, 2, 4, 6), 1 / 4)
+    assert Arm.parse("hierarchical-pow2gap-6").objective().budgets == {1: 1 / 6, 2: 1 / 6, 4: 2 / 6, 6: 2 / 6}
     with pytest.raises(InputError, match="hold k = 8"):
         Hierarchical(8, {2: 1.0, 4: 1.0})

@@ -112,7 +112,7 @@ def test_the_auxiliary_loss_revives_dead_latents(cache, monkeypatch):
     def buried(self, *arguments, **options):
         real(self, *arguments, **options)
         with torch.no_grad():
-            self.b_enc[::2] = -2.0
+            self.b_enc[::2] = -1.0
 
     monkeypatch.setattr(SAE, "__init__", buried)
     alive = {}

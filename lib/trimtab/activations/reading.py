@@ -12,7 +12,7 @@ from torch import Tensor
 from trimtab.checkpoint import file_sha256, load_tensors, metadata_of, read_json
 from trimtab.errors import InputError
 
-CHUNK = 8192
+CHUNK = 1024
 """Rows read at a time where the order does not matter."""
 
 

@@ -43,10 +43,9 @@ class Sides:
         """The TopK arm of the same K, which is also read below it."""
         return self.single[-1]
 
-    @property
-    def pow2(self) -> Arm | None:
-        """HierarchicalTopK over J = powers of two up to the same K, where it was trained."""
-        wanted = Arm("hierarchical-pow2", self.hierarchical.k)
+    def other(self, kind: str) -> Arm | None:
+        """The further baseline of a kind with the same K, where it was trained."""
+        wanted = Arm(kind, self.hierarchical.k)
         return wanted if wanted in self.others else None
 
 

@@ -9,7 +9,8 @@ from trimtab.plots import COLOURS
 from trimtab.sae.comparison import Sides, fvu_of
 
 LABELS = {
-    "hierarchical-pow2": "Hierarchical, J = powers of two",
+    "hierarchical-pow2": "Hierarchical, J = powers of two, alike",
+    "hierarchical-pow2gap": "... weighted by their gaps",
     "multitopk": "Multi-TopK (k/4 and k)",
     "batchtopk": "BatchTopK",
     "matryoshka": "Matryoshka (nested dictionaries)",

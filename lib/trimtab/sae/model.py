@@ -56,9 +56,10 @@ class SAE(nn.Module):
         super().__init__()
         if not 1 <= k <= latents:
             raise InputError(f"An SAE of {latents} latents cannot have a budget of k = {k}.")
-        # Tied unit-norm initialisation (Gao et al. 2024, appendix A).
+        # The encoder starts as the decoder (Gao et al. 2024, appendix A), but at half its length: the largest of an
+        # overcomplete dictionary's projections overlap, and at full length their sum overshoots.
         directions = F.normalize(torch.randn(latents, d_model, generator=generator), dim=1)
-        self.W_enc = nn.Parameter(directions.clone())
+        self.W_enc = nn.Parameter(0.5 * directions)
         self.W_dec = nn.Parameter(directions)
         self.b_enc = nn.Parameter(torch.zeros(latents))
         self.b_dec = nn.Parameter(torch.zeros(d_model))

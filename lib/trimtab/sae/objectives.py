@@ -6,6 +6,7 @@ each of their prefixes. Losses are mean squares over rows and dimensions, so tha
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -99,6 +100,15 @@ class Hierarchical:
         """J = {1, 2, 4, ..., k}, alike: the coarse J of MSAE (Zaigrajew et al. 2025) over activation ranks."""
         budgets = sorted({*(1 << i for i in range(k.bit_length())), k})
         return cls(k, dict.fromkeys(budgets, 1 / len(budgets)))
+
+    @classmethod
+    def powers_of_two_by_gap(cls, k: int) -> "Hierarchical":
+        """The same J, each weighted by its distance from the one before: what it costs to sum over fewer prefixes.
+
+        Alike, the members of a coarse J favour small budgets: those above k / 2 share 1 / |J| instead of a half.
+        """
+        budgets = [0, *sorted(cls.powers_of_two(k).budgets)]
+        return cls(k, {j: (j - before) / k for before, j in pairwise(budgets)})
 
     @property
     def budgets(self) -> Mapping[int, float]:
@@ -245,6 +255,7 @@ OBJECTIVES: Mapping[str, Callable[[int], Objective]] = {
     "matryoshka": Matryoshka,
     "jumprelu": JumpReLU,
     "hierarchical-pow2": Hierarchical.powers_of_two,
+    "hierarchical-pow2gap": Hierarchical.powers_of_two_by_gap,
     "hierarchical": Hierarchical,
 }
 """By the name that an arm gives them: `hierarchical-pow2-64` is HierarchicalTopK with J = powers of two up to 64."""

@@ -20,6 +20,8 @@ from trimtab.sae.model import SAE, Latents
 WARM_UP, DECAY = 0.05, 0.8
 """Shares of the steps in which the learning rate rises linearly, and falls linearly to zero. A long decay was worth
 8 to 10 % of FVU to TopK and HierarchicalTopK alike."""
+BETAS = (0.7, 0.999)
+"""Adam's. With a first one of 0.9 FVU was 6 % worse after 100 steps, and after 480 within 1.5 % in either direction."""
 SAVE_EVERY = 20.0
 """Seconds between checkpoints."""
 RECORD_EVERY = 20
@@ -66,7 +68,7 @@ class Learner:
         self.objective = self.arm.objective()
         self.idle = torch.zeros(self.sae.latents, dtype=torch.int64, device=self.sae.W_dec.device)
         self.peak = self.rate / math.sqrt(self.sae.latents / 2**14)
-        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.peak, betas=(0.9, 0.999), fused=True)
+        self.optimiser = torch.optim.Adam(self.sae.parameters(), lr=self.peak, betas=BETAS, fused=True)
         self.dtype = torch.bfloat16 if self.config.precision == "bfloat16" else None
 
     def step(self, x: Float[Tensor, "batch d_model"], number: int) -> Float[Tensor, ""]:

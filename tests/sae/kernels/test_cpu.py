@@ -1,5 +1,8 @@
 """The CPU kernels and the autograd around them, against the naive definition in fp64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -72,6 +75,16 @@ def test_many_ranks_in_single_precision_do_not_drift():
     x, values, indices, W_dec, b_dec, weights = case(64, 64, 2048, 128)
     found = cpu.prefix_gradients(x.float(), values.float(), indices, W_dec.float(), b_dec.float(), weights.float())
     assert_near(found, differentiated(x, values, indices, W_dec, b_dec, weights), 1e-5)
+
+
+def test_torchs_number_of_threads_is_left_alone():
+    # In a process of its own: numba starts its threads once.
+    script = (
+        "import torch; torch.set_num_threads(1); from trimtab.sae.kernels import cpu; "
+        "cpu.select(torch.randn(4, 600), 8); print(torch.get_num_threads())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "1"
 
 
 def test_every_thread_count_gives_the_same_bits():
