@@ -1,13 +1,8 @@
-"""The only door to nnsight: wrap a loaded model, read its residual stream, and put another in its place.
+"""Read the residual stream, and put another in its place.
 
-A *site* is the index of a decoder block, counted from 0; its activation is the residual stream after that block:
-`hidden_states[site + 1]` of transformers, except for the last block, where transformers gives the state after the final
-norm instead. Traces live here, in importable functions, because nnsight re-reads the
-source of the code that opens a trace.
+Traces live here, in importable functions, because nnsight re-reads the source of the code that opens a trace.
 """
 
-import copy
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,26 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.errors import InputError
-
-# Where the families of transformers keep their decoder blocks.
-BLOCK_PATHS = (
-    "model.layers",
-    "model.language_model.layers",
-    "transformer.h",
-    "gpt_neox.layers",
-    "model.decoder.layers",
-)
-# What the norm between the last block and the unembedding is called, beside the blocks.
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
-
-
-def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
-    """Put a loaded model under nnsight. The model itself is not changed, nor is the caller's tokenizer."""
-    # nnsight sets padding_side and pad_token on the tokenizer that it is given.
-    return TransformersModel(model, task="text-generation", tokenizer=copy.deepcopy(tokenizer))
+from trimtab.interventions.model import blocks_of, check_sites, device_of, final_norm, hidden_of
 
 
 def capture(
@@ -48,15 +25,15 @@ def capture(
     Activations come in the model's own dtype, detached, on its device. Raises InputError for a site that the model
     does not have.
     """
-    blocks = _blocks(wrapped)
-    _check(sites, blocks)
+    blocks = blocks_of(wrapped)
+    check_sites(sites, len(blocks))
     chosen = [blocks[site] for site in sites]
     deepest = blocks[max(sites)]
     with torch.inference_mode(), wrapped.trace(_inputs(input_ids, attention_mask)) as tracer:
         cache = tracer.cache(modules=chosen, device=None).save()
         deepest.output  # noqa: B018 (wait for this block, then leave the forward)
         tracer.stop()
-    return {site: _hidden(cache[block.path].output) for site, block in zip(sites, chosen, strict=True)}
+    return {site: hidden_of(cache[block.path].output) for site, block in zip(sites, chosen, strict=True)}
 
 
 def resume(
@@ -72,8 +49,8 @@ def resume(
     then costs only the blocks above. In the model's own dtype. Raises InputError for a site that the model does not
     have.
     """
-    blocks = _blocks(wrapped)
-    _check([site], blocks)
+    blocks = blocks_of(wrapped)
+    check_sites([site], len(blocks))
     inputs = _inputs(input_ids, attention_mask)
     output = _like_a_block(wrapped, input_ids, residual)
     # Skipped blocks would leave holes in a key-value cache.
@@ -105,7 +82,7 @@ def direct_logits(wrapped: TransformersModel, directions: Float[Tensor, "n d_mod
     An approximation: it leaves out the blocks between, and the final norm's division by the length of the whole
     residual, which is the same for all tokens. So only the order and the ratios of the effects mean something.
     """
-    norm = _final_norm(wrapped)
+    norm = final_norm(wrapped)._module
     weights = {name: weight.float() for name, weight in norm.named_parameters()}
     directions = directions.float().to(device_of(wrapped))
     # At a root mean square of 1 the norm multiplies by its gain alone, however its family writes the gain down.
@@ -116,11 +93,6 @@ def direct_logits(wrapped: TransformersModel, directions: Float[Tensor, "n d_mod
     return logits - logits.mean(dim=1, keepdim=True)
 
 
-def device_of(wrapped: TransformersModel) -> torch.device:
-    """Where the model's weights are, and its inputs must be."""
-    return next(wrapped._module.parameters()).device
-
-
 def _inputs(
     input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
 ) -> dict[str, Int[Tensor, "batch seq"]]:
@@ -129,48 +101,10 @@ def _inputs(
     return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
-def _check(sites: Sequence[int], blocks: Any) -> None:
-    wrong = [site for site in sites if not 0 <= site < len(blocks)]
-    if wrong or not sites:
-        raise InputError(f"site {wrong[0] if wrong else sites} is not a block of this model: 0 to {len(blocks) - 1}.")
-
-
-def _final_norm(wrapped: TransformersModel) -> torch.nn.Module:
-    for path in BLOCK_PATHS:
-        try:
-            parent = functools.reduce(getattr, path.split(".")[:-1], wrapped._module)
-        except AttributeError:
-            continue
-        for name in FINAL_NORMS:
-            if isinstance(norm := getattr(parent, name, None), torch.nn.Module):
-                return norm
-    raise InputError(
-        f"{type(wrapped._module).__name__} keeps its final norm in an unknown place; "
-        f"known are {', '.join(FINAL_NORMS)}, beside the blocks."
-    )
-
-
-def _blocks(wrapped: TransformersModel) -> Any:
-    for path in BLOCK_PATHS:
-        try:
-            return functools.reduce(getattr, path.split("."), wrapped)
-        except AttributeError:
-            continue
-    raise InputError(
-        f"{type(wrapped._module).__name__} keeps its decoder blocks in an unknown place; "
-        f"known are {', '.join(BLOCK_PATHS)}."
-    )
-
-
 def _like_a_block(wrapped: TransformersModel, input_ids: Tensor, hidden: Tensor) -> Tensor | tuple[Any, ...]:
     """`hidden` in the form in which the model's blocks return theirs, seen on one token."""
-    first = _blocks(wrapped)[0]
+    first = blocks_of(wrapped)[0]
     with torch.inference_mode(), wrapped.trace({"input_ids": input_ids[:1, :1]}, use_cache=False) as tracer:
         output = first.output.save()
         tracer.stop()
     return hidden if isinstance(output, Tensor) else (hidden, *[None] * (len(output) - 1))
-
-
-def _hidden(output: Tensor | tuple[Any, ...]) -> Tensor:
-    # transformers 5 returns a tensor from a Llama block; other families still return a tuple.
-    return output if isinstance(output, Tensor) else output[0]
