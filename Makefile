@@ -35,13 +35,13 @@ lab: .venv/installed          ## JupyterLab on the notebooks
 bench: .venv/installed .venv-peers/installed        ## side-by-side measurements; each writes the CSV beside it
 	for script in benchmarks/*.py; do python $$script || exit 1; done
 
-.venv-peers/installed: .venv/installed benchmarks/peers.txt  # other SAE libraries, over what .venv has
+.venv-peers/installed: .venv/installed benchmarks/peers.txt  # other libraries, over what .venv has
 	$(PYTHON) -m venv .venv-peers
 	.venv-peers/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trimtab.pth"
 	touch $@
 
-peers: .venv-peers/installed  ## other libraries, for the exchange tests and benchmarks/sae.py
+peers: .venv-peers/installed  ## other libraries, for the exchange tests and the benchmarks
 
 lock: .venv/installed         ## resolve pyproject.toml anew
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate --output-file requirements.lock

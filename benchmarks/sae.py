@@ -16,7 +16,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,8 +26,9 @@ from typing import Any
 import polars as pl
 import torch
 import torch.nn.functional as F
-from contenders import report
+from contenders import report, sae_report
 from contenders.shape import Shape
+from contenders.turns import Worker, command_line, need_peers, threads_of
 from safetensors.torch import save_file
 from tqdm import tqdm
 
@@ -36,7 +36,6 @@ from trimtab.activations import ActivationCache
 from trimtab.pipeline.provenance import hardware
 
 ROOT = Path(__file__).parents[1]
-PEERS = Path(os.environ.get("TRIMTAB_PEERS", ROOT / ".venv-peers")) / "bin/python"
 OURS, HELD_OUT = "Trimtab TopK", 8192
 CPU = {"d_model": 576, "latents": 4096, "batch": 2048}
 GPU = {"d_model": 2304, "latents": 65_536, "batch": 4096, "device": "cuda"}
@@ -56,9 +55,8 @@ class Contender:
     """Whether it knows bf16 products on that device."""
 
     def command(self, shape: Shape, data: Path, *mode: str) -> list[str]:
-        python = str(PEERS) if self.where.startswith("peers.") else sys.executable
-        worker = str(Path(__file__).parent / "contenders/worker.py")
-        return [python, worker, self.where, json.dumps(dataclasses.asdict(shape)), str(data), *mode]
+        arguments = (json.dumps(dataclasses.asdict(shape)), str(data), *mode)
+        return command_line("worker.py", self.where, *arguments, peer=self.where.startswith("peers."))
 
 
 Times = dict[str, list[float]]
@@ -76,38 +74,16 @@ CONTENDERS = [
 ]
 
 
-class Worker:
-    """A contender's process in measuring mode."""
-
-    def __init__(self, contender: Contender, shape: Shape, data: Path, log: Path) -> None:
-        self.name, self.log = contender.name, log
-        self.process = subprocess.Popen(
-            contender.command(shape, data, "measure"),
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"), text=True, bufsize=1,
-        )  # fmt: skip
-
-    def answer(self) -> Any:
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
-        return json.loads(line)
-
-    def ask(self, command: str) -> Any:
-        self.process.stdin.write(command + "\n")
-        return self.answer()
-
-
 def measure(contenders: list[Contender], shape: Shape, data: Path, rounds: int) -> list[dict[str, Any]]:
     """One row for each contender; see the module."""
     title = f"{shape.device} K={shape.k} {shape.precision}"
     log = data.with_suffix(".log")
-    workers = [Worker(contender, shape, data, log) for contender in contenders]
+    workers = [Worker(c.name, c.command(shape, data, "measure"), log) for c in contenders]
     try:
         times, peaks = take_turns(workers, title, rounds)
     finally:
         for worker in workers:
-            worker.process.stdin.close()
-            worker.process.wait()
+            worker.close()
     rows = []
     for name, peak in peaks.items():
         row = {"contender": name, **dataclasses.asdict(shape), "peak_mib": peak}
@@ -158,10 +134,6 @@ def train(contenders: list[Contender], shape: Shape, data: Path, threads: int) -
     return {contender.name: result for contender, result in zip(training, results, strict=True)}
 
 
-def threads_of(number: int) -> dict[str, str]:
-    return {name: str(number) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
-
-
 def write_rows(folder: Path, shape: Shape, steps: int) -> tuple[Path, str]:
     """The rows that all contenders read: (file, what they are)."""
     train_cache, test_cache = ROOT / "data/activations/train", ROOT / "data/activations/test"
@@ -202,15 +174,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     options = parser.parse_args()
-    if not PEERS.is_file():
-        raise SystemExit("The other libraries are not installed: run `make peers`.")
+    need_peers()
     os.environ |= threads_of(options.threads) | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
     devices = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for device in devices:
             table += device_rows(device, options, Path(folder))
-    report.write(options.out, pl.DataFrame(table, infer_schema_length=None), devices)
+    sae_report.write(options.out, pl.DataFrame(table, infer_schema_length=None), devices)
 
 
 def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -227,7 +198,8 @@ def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[
         for row in rows:
             if (row["k"], row["precision"]) == (base.k, base.precision) and row["contender"] in fvu:
                 row["fvu"], row["rate"] = fvu[row["contender"]]
-    stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": report.versions()}
+    versions = report.versions(*sae_report.PEERS)
+    stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": versions}
     return [row | stamp | {"threads": options.threads, "data": origin} for row in rows]
 
 

@@ -1,95 +1,43 @@
-"""What `benchmarks/sae.py` writes: the CSV, and from it the table of README.md and whether each target is met."""
+"""What the benchmarks' reports share: rows replaced in a CSV, a part of README.md rewritten, a table of targets."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
 
-PEERS = ("sae-lens", "dictionary-learning", "eai-sparsify")
-ARMS = {
-    "TopK": "Trimtab TopK",
-    "J = powers of two": "Trimtab HierarchicalTopK, J = powers of two",
-    "J = 1..K": "Trimtab HierarchicalTopK, J = 1..K",
-}
-HEAD = """\
-| K | precision | contender | step, ms (lowest to highest) | tokens/s | over our TopK | decoder loss, ms | peak, MiB | FVU |
-|---|---|---|---|---|---|---|---|---|"""  # noqa: E501
+MEETS = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
 
 
-def write(path: Path, measured: pl.DataFrame, devices: list[str]) -> None:
-    """Replace the rows of these devices in the CSV, and the part of the README beside it between the markers."""
+def merge(path: Path, measured: pl.DataFrame, replaced: pl.Expr) -> pl.DataFrame:
+    """Write the CSV anew: what was measured, then those of its former rows that are not `replaced`."""
     table = measured
     if path.exists():
-        kept = pl.read_csv(path).filter(~pl.col("device").is_in(devices))
-        table = pl.concat([measured, kept], how="diagonal_relaxed")
+        table = pl.concat([measured, pl.read_csv(path).filter(~replaced)], how="diagonal_relaxed")
     table.write_csv(path)
-    readme = path.with_name("README.md")
+    return table
+
+
+def rewrite(readme: Path, name: str, parts: Sequence[str]) -> None:
+    """Replace what stands between the markers of that name; a folder without a README has none to change."""
     if readme.exists():
-        parts = [section(rows) for _, rows in table.group_by("device", maintain_order=True)]
-        before, begin, rest = readme.read_text().partition("<!-- sae: begin -->\n")
-        _, end, after = rest.partition("<!-- sae: end -->")
+        before, begin, rest = readme.read_text().partition(f"<!-- {name}: begin -->\n")
+        _, end, after = rest.partition(f"<!-- {name}: end -->")
         readme.write_text(before + begin + "\n\n".join(parts) + "\n" + end + after)
 
 
-def section(rows: pl.DataFrame) -> str:
-    """One device's targets and table, in Markdown."""
-    first = rows.row(0, named=True)
-    where = first["hardware"] + (f", {first['threads']} threads" if first["device"] == "cpu" else "")
-    size = f"d = {first['d_model']}, {first['latents']:,} latents, {first['batch']:,} rows to a step"
-    head = f"**{where}**, {first['date']}. {first['versions']}. {size}: {first['data']}."
-    ordered = rows.sort("precision", "k", descending=[True, False], maintain_order=True)
-    return "\n".join([head, "", *targets(rows), HEAD, *map(line, ordered.iter_rows(named=True))])
-
-
-def line(row: dict[str, Any]) -> str:
-    """One contender at one shape."""
-    cells = [
-        row["k"],
-        row["precision"],
-        row["contender"],
-        f"{row['step_ms']:,.0f} ({row['step_low']:,.0f} to {row['step_high']:,.0f})",
-        f"{row['tokens_per_s']:,}",
-        f"{row['step_over_ours']:.2f}",
-        f"{row['decoder_ms']:,.1f}",
-        f"{row['peak_mib']:,.0f}",
-        "" if row.get("fvu") is None else f"{row['fvu']:.3f}",
-    ]
-    return f"| {' | '.join(map(str, cells))} |"
-
-
-def targets(rows: pl.DataFrame) -> list[str]:
-    """A table of what was set out to be reached on a CPU, and what was: computed from the rows."""
-    if rows["device"][0] != "cpu":
-        return []
-    fp32 = rows.filter(pl.col("precision") == "fp32")
-    cells = {(row["contender"], row["k"]): row for row in fp32.iter_rows(named=True)}
-    budgets = sorted({k for _, k in cells})
-    over = {name: cells[name, 32]["step_over_ours"] for name in PEERS}
-    worst = {arm: max(cells[name, k]["step_over_ours"] for k in budgets) for arm, name in ARMS.items()}
-    ours = {k: cells[ARMS["TopK"], k] for k in budgets}
-    memory = max(ours[k]["peak_mib"] / min(cells[peer, k]["peak_mib"] for peer in PEERS) for k in budgets)
-    fvu = ours[32]["fvu"] / min(cells[peer, 32]["fvu"] for peer in PEERS)
-    found = [
-        ("step of the fastest other library over our TopK's, K = 32", min(over.values()), ">=", 1.6),
-        ("step of dictionary-learning over it, K = 32", over["dictionary-learning"], ">=", 3.5),
-        ("step of sae-lens over it, K = 32", over["sae-lens"], ">=", 3.5),
-        ("J = powers of two over TopK, at the worst K", worst["J = powers of two"], "<=", 1.25),
-        ("J = 1..K over TopK, at the worst K", worst["J = 1..K"], "<=", 1.5),
-        ("peak memory of TopK over the least of another library, at the worst K", memory, "<", 1.0),
-        ("held-out FVU of TopK over the best of another library", fvu, "<=", 1.0),
-    ]
-    holds = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
+def targets(found: Sequence[tuple[str, float, str, float]]) -> list[str]:
+    """Lines of a table of what was set out to be reached, (what, found, sign, wanted) each, and whether it was."""
     lines = [
-        f"| {what} | {value:.2f} | {sign} {bar} | {'yes' if holds[sign](value, bar) else '**no**'} |"
+        f"| {what} | {value:.2f} | {sign} {bar} | {'yes' if MEETS[sign](value, bar) else '**no**'} |"
         for what, value, sign, bar in found
     ]
     return ["| target | found | wanted | met |", "|---|---|---|---|", *lines, ""]
 
 
-def versions() -> str:
-    """torch, which is the same for all, and the other libraries."""
+def versions(*peers: str) -> str:
+    """torch, which is the same for all, and libraries that `peers.txt` pins."""
     text = (Path(__file__).parents[1] / "peers.txt").read_text()
     pins = dict(re.findall(r"^(\S+)==(\S+)$", text, flags=re.MULTILINE))
-    return ", ".join([f"torch {torch.__version__}", *(f"{name} {pins[name]}" for name in PEERS)])
+    return ", ".join([f"torch {torch.__version__}", *(f"{name} {pins[name]}" for name in peers)])

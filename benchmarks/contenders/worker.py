@@ -15,39 +15,36 @@ import gc
 import importlib
 import itertools
 import json
-import os
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from meter import answers, memory, now, reset_peak
 from safetensors import safe_open
 from shape import Shape
 
 WARM_STEPS = 10_000
 """Steps that a measured contender believes it will take: its learning rate stays in warm-up and constant phases."""
-MIB = 2**20
 
 
 def main(contender: str, shape: Shape, data: Path, mode: str, rates: list[float]) -> None:
-    with os.fdopen(os.dup(1), "w", buffering=1) as answers:
-        os.dup2(2, 1)  # whatever a library prints goes to the log
+    with answers() as answer:
         make = getattr(importlib.import_module(contender.split(".")[0]), contender.split(".")[1])
         with safe_open(str(data), "pt") as file:
             if mode == "measure":
                 batches = [file.get_slice("measured")[i].to(shape.device) for i in range(4)]
-                measure(make, shape, batches, lambda answer: print(json.dumps(answer), file=answers))
+                measure(make, shape, batches, answer)
             else:
-                print(json.dumps(sweep(lambda rate: fvu(make, shape, file, rate), rates)), file=answers)
+                answer(sweep(lambda rate: fvu(make, shape, file, rate), rates))
 
 
 def measure(make: Callable[..., Any], shape: Shape, batches: list[torch.Tensor], answer: Callable) -> None:
     """Until standard input ends. Memory is counted from here: libraries are imported, batches are loaded."""
     gc.collect()
-    base = memory(shape)
+    base = memory(shape.device)
     contender = make(shape, 1e-4, WARM_STEPS)
     directions = F.normalize(torch.randn(shape.latents, shape.d_model, generator=torch.Generator().manual_seed(0)))
 
@@ -58,22 +55,22 @@ def measure(make: Callable[..., Any], shape: Shape, batches: list[torch.Tensor],
             command = line.strip()
             if command == "step":
                 x = next(rows)
-                began = now(shape)
+                began = now(shape.device)
                 yield x
-                answer(1e3 * (now(shape) - began))
+                answer(1e3 * (now(shape.device) - began))
             elif command == "decoder":
                 x = next(rows)
                 with torch.no_grad():
                     values, indices = torch.relu(x @ directions.to(x).T).topk(shape.k, dim=1)
                 values.requires_grad_()
-                began = now(shape)
+                began = now(shape.device)
                 contender.decoder_loss(x, values, indices)
-                answer(1e3 * (now(shape) - began))
+                answer(1e3 * (now(shape.device) - began))
             elif command == "reset":
-                reset_peak(shape)
+                reset_peak(shape.device)
                 answer(None)
             elif command == "peak":
-                answer(memory(shape, peak=True) - base)
+                answer(memory(shape.device, peak=True) - base)
 
     contender.fit(commands())
 
@@ -102,28 +99,6 @@ def fvu(make: Callable[..., Any], shape: Shape, file: Any, rate: float) -> float
             error += (contender.reconstruct(x.to(shape.device)).float().cpu() - x).square().sum().item()
             total += x.square().sum().item()
     return error / total
-
-
-def now(shape: Shape) -> float:
-    if shape.device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def memory(shape: Shape, *, peak: bool = False) -> float:
-    """MiB: resident set of this process, or what its tensors hold on the GPU; now, or the most since `reset_peak`."""
-    if shape.device == "cuda":
-        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / MIB
-    name = "VmHWM:" if peak else "VmRSS:"
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 1024
-
-
-def reset_peak(shape: Shape) -> None:
-    if shape.device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the resident set's high-water mark
 
 
 if __name__ == "__main__":

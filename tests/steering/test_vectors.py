@@ -111,8 +111,6 @@ def test_nnsights_own_generate_is_steered_too(tiny_llama, wrapped):
 def test_bad_choices_are_refused(wrapped):
     with pytest.raises(InputError, match="distinct"):
         SteeringVectors([1, 1], 16)
-    with pytest.raises(InputError, match="block, mlp, attention"):
-        SteeringVectors([1], 16, place="nowhere")
     with pytest.raises(InputError, match="between 1 and 2"):
         SteeringVectors([0, 1], 16, rank=3)
     with pytest.raises(InputError, match="0 to 2"):

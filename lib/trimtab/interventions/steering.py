@@ -1,5 +1,6 @@
 """Add vectors to the residual stream, and read the final hidden states, with gradients."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -10,6 +11,9 @@ from transformers.cache_utils import Cache
 
 from trimtab.errors import InputError
 from trimtab.interventions.model import blocks_of, check_sites, final_norm, hidden_of
+
+# `steer` loops over however many steps there are, which ends "by design" with a warning at every forward pass.
+warnings.filterwarnings("ignore", message=".*tracer.all.*loop ends this way by design", category=UserWarning)
 
 Place = Literal["block", "mlp", "attention"]
 """Where in a block a vector is added: after the block, or to what its MLP or its attention writes into the stream."""
@@ -34,13 +38,14 @@ def steer(
     # nnsight wants modules in the order in which they run.
     order = sorted(range(len(layers)), key=lambda i: layers[i])
     parts = [(i, _part(blocks[layers[i]], place)) for i in order]
-    with wrapped.edit() as (_, view):
-        added = vectors()
-        for i, part in parts:
-            output = part.output
-            hidden = hidden_of(output)
-            moved = hidden + added[i].to(hidden.dtype)
-            part.output = moved if isinstance(output, Tensor) else (moved, *output[1:])
+    with wrapped.edit() as (tracer, view):
+        for _ in tracer.all():  # every step of a generation; a trace has one
+            added = vectors()
+            for i, part in parts:
+                output = part.output
+                hidden = hidden_of(output)
+                moved = hidden + added[i].to(hidden.dtype)
+                part.output = moved if isinstance(output, Tensor) else (moved, *output[1:])
     return view
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,6 @@ class SteeringVectors(nn.Module):
         super().__init__()
         if not layers or len(set(layers)) != len(layers):
             raise InputError(f"Steering vectors need distinct layers, at least one, not {list(layers)}.")
-        if place not in get_args(Place):
-            raise InputError(f"A vector is added at one of {', '.join(get_args(Place))}, not {place!r}.")
         if rank is not None and not 1 <= rank <= len(layers):
             raise InputError(f"The rank across {len(layers)} layers must lie between 1 and {len(layers)}, not {rank}.")
         self.layers = tuple(sorted(layers))

@@ -1,0 +1,52 @@
+"""Contenders that are all there at once, each in a process of its own, and take turns on command."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).parent
+PEERS = Path(os.environ.get("TRIMTAB_PEERS", FOLDER.parents[1] / ".venv-peers")) / "bin/python"
+"""The other libraries' environment, which `make peers` makes."""
+
+
+def need_peers() -> None:
+    """End the program with a message where that environment is missing."""
+    if not PEERS.is_file():
+        raise SystemExit("The other libraries are not installed: run `make peers`.")
+
+
+def command_line(worker: str, where: str, *arguments: str, peer: bool) -> list[str]:
+    """What starts contender `where` (module.Class) under one of the worker scripts of this folder."""
+    return [str(PEERS) if peer else sys.executable, str(FOLDER / worker), where, *arguments]
+
+
+def threads_of(number: int) -> dict[str, str]:
+    """Environment variables that set it."""
+    return {name: str(number) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+
+
+class Worker:
+    """A contender's process: a line of JSON when it is ready, and one for each command."""
+
+    def __init__(self, name: str, command: list[str], log: Path) -> None:
+        self.name, self.log = name, log
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"), text=True, bufsize=1
+        )
+
+    def answer(self) -> Any:
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
+        return json.loads(line)
+
+    def ask(self, command: str) -> Any:
+        self.process.stdin.write(command + "\n")
+        return self.answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()

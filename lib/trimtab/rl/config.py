@@ -1,0 +1,50 @@
+"""How a policy is trained."""
+
+from dataclasses import dataclass
+
+from trimtab.errors import InputError
+from trimtab.rl.advantages import ESTIMATORS
+
+
+@dataclass(frozen=True)
+class RLConfig:
+    """On-policy policy gradient with verifiable rewards. The defaults are the bias-only paper's: RLOO, no KL, one
+    update for each batch."""
+
+    updates: int = 40
+    """Batches of rollouts, with one optimiser step each unless `steps_per_batch` says more."""
+    prompts: int = 8
+    """Prompts in a batch."""
+    group: int = 8
+    """Completions of each prompt."""
+    max_new_tokens: int = 12
+    """Tokens after which a completion is cut off."""
+    temperature: float = 1.0
+    """Of sampling, and of the probabilities in the gradient."""
+    estimator: str = "rloo"
+    """rloo | reinforce | reinforce_with_baseline | grpo | grpo_no_std"""
+    warm_up: float = 0.05
+    """Share of the updates in which the learning rate rises linearly; it is constant afterwards."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    kl: float = 0.0
+    """Weight of the KL penalty to the model before training; 0 runs no reference."""
+    steps_per_batch: int = 1
+    """Optimiser steps on each batch of rollouts; with more than one, importance ratios are clipped."""
+    clip: float = 0.2
+    """How far a ratio may move from 1 (PPO); used only with several steps on a batch."""
+    rows: int = 8
+    """Prompts, with their completions, in one backward pass."""
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "prompts", "max_new_tokens", "steps_per_batch", "rows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"rl: {name} must be positive, not {getattr(self, name)}.")
+        if self.estimator not in ESTIMATORS:
+            raise InputError(f"rl: estimator must be one of {', '.join(ESTIMATORS)}, not {self.estimator!r}.")
+        if self.group < (2 if self.estimator in ("rloo", "grpo", "grpo_no_std") else 1):
+            raise InputError(f"rl: {self.estimator} compares completions of a prompt: group must be at least 2.")
+        if self.temperature <= 0 or self.max_grad_norm <= 0:
+            raise InputError("rl: temperature and max_grad_norm must be positive.")
+        if not 0 <= self.warm_up < 1 or self.kl < 0 or self.clip <= 0:
+            raise InputError("rl: warm_up must lie in [0, 1), kl must not be negative, clip must be positive.")

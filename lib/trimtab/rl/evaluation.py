@@ -1,0 +1,76 @@
+"""How often a policy is right on held-out items: greedily, and in several samples of each."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import polars as pl
+import torch
+from tqdm import tqdm
+
+from trimtab.rl.advantages import pass_at_k
+from trimtab.rl.policy import Policy
+from trimtab.rl.rollouts import rollout
+
+GREEDY = 0
+"""The sample number of the greedy completion; drawn ones count from 1."""
+ANSWERS = {
+    "item": pl.Int32, "sample": pl.Int32, "completion": pl.String, "correct": pl.Float64, "length": pl.Int32,
+    "finished": pl.Boolean,
+}  # fmt: skip
+"""Columns of `answers`."""
+
+
+def answers(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    judge: Callable[[int, str], float],
+    decode: Callable[[list[int]], str],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    end: Sequence[int],
+    seed: int,
+    batch: int = 64,
+) -> pl.DataFrame:
+    """One greedy and `samples` drawn completions of every prompt, judged: columns `ANSWERS`.
+
+    `judge(i, text)` is 1 where the text answers prompt i rightly. Equal seeds give equal draws, whoever the policy is.
+    """
+    rows = []
+    for start in tqdm(range(0, len(prompts), batch), desc="evaluate", unit="batch", mininterval=1):
+        some = prompts[start : start + batch]
+        for first, group, warmth in ((GREEDY, 1, 0.0), (GREEDY + 1, samples, temperature)):
+            if group == 0:
+                continue
+            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
+            drawn = rollout(
+                policy, some, group=group, max_new_tokens=max_new_tokens, temperature=warmth, end=end,
+                generator=generator,
+            )  # fmt: skip
+            for i in range(len(some)):
+                for member in range(group):
+                    text = decode(drawn.completion(i, member))
+                    length, finished = int(drawn.mask[i, member].sum()), bool(drawn.finished[i, member])
+                    rows.append((start + i, first + member, text, judge(start + i, text), length, finished))
+    return pl.DataFrame(rows, schema=ANSWERS, orient="row")
+
+
+def summary(table: pl.DataFrame) -> Mapping[str, float]:
+    """From a table of `answers`: greedy accuracy, mean over samples (mean@k), pass@k for k = 1, 2, 4, ..., and the mean
+    length and share of finished completions of either kind."""
+    greedy, drawn = table.filter(pl.col("sample") == GREEDY), table.filter(pl.col("sample") > GREEDY)
+    found = {
+        "greedy": _mean(greedy, "correct"), "greedy_length": _mean(greedy, "length"),
+        "greedy_finished": _mean(greedy, "finished"),
+    }  # fmt: skip
+    if len(drawn):
+        samples = drawn["sample"].n_unique()
+        correct = torch.from_numpy(drawn.sort("item", "sample")["correct"].to_numpy().reshape(-1, samples).copy())
+        found |= {"mean": _mean(drawn, "correct"), "length": _mean(drawn, "length")}
+        found |= {"finished": _mean(drawn, "finished")}
+        found |= {f"pass@{k}": pass_at_k(correct, k).mean().item() for k in (1, 2, 4, 8, 16, 32) if k <= samples}
+    return found
+
+
+def _mean(table: pl.DataFrame, column: str) -> float:
+    return float(table[column].cast(pl.Float64).mean() or 0.0)  # type: ignore[arg-type]

@@ -1,0 +1,93 @@
+"""A policy: a language model seen through nnsight, and what of it is trained.
+
+Trained parameters are kept in fp32, whatever the model computes in; a subclass for each way of adapting it says what
+they are. One engine serves rollouts and gradients, so that the two agree about every probability.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+
+from trimtab.interventions import device_of, final_hidden
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+
+class Policy:
+    """A frozen model, or a view of it whose few trained parameters are `trained` (fp32 leaves, by name)."""
+
+    def __init__(
+        self, view: "TransformersModel", trained: Mapping[str, Tensor], base: "TransformersModel | None" = None
+    ) -> None:
+        self.view = view
+        self.base = base or view
+        self.trained = dict(trained)
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs must be."""
+        return device_of(self.view)
+
+    @property
+    def unembedding(self) -> nn.Module:
+        """Final hidden states to logits."""
+        return self.view._module.get_output_embeddings()
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Tensor,
+        position_ids: Int[Tensor, "batch seq"],
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """Hidden states after the final norm; see `interventions.final_hidden`."""
+        return final_hidden(self.view, input_ids, attention_mask, position_ids, cache)
+
+    def reference_hidden(
+        self, input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor, position_ids: Int[Tensor, "batch seq"]
+    ) -> Float[Tensor, "batch seq d_model"]:
+        """The same of the model as it was before training: what a KL penalty is taken to."""
+        return final_hidden(self.base, input_ids, attention_mask, position_ids)
+
+    def collect_gradients(self) -> None:
+        """Called after backward: gradients of the trained parameters must be in their `.grad`."""
+
+    def publish(self) -> None:
+        """Called after the trained parameters changed: the model must compute with them."""
+
+
+class FullPolicy(Policy):
+    """Every weight of the model is trained: fp32 master copies, published to the model in its own precision.
+
+    With the model in bf16 a small update would round away; on the master copies it adds up.
+    """
+
+    def __init__(self, wrapped: "TransformersModel", base: "TransformersModel | None" = None) -> None:
+        self.weights = dict(wrapped._module.named_parameters())  # tied weights come once
+        for weight in self.weights.values():
+            weight.requires_grad_()
+        masters = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
+        super().__init__(wrapped, masters, base)
+
+    def reference_hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
+        """Of the untouched copy given as `base`."""
+        if self.base is self.view:
+            raise ValueError("A KL penalty against full tuning needs a second, frozen copy of the model as `base`.")
+        return super().reference_hidden(input_ids, attention_mask, position_ids)
+
+    def collect_gradients(self) -> None:
+        """Move the model's gradients to the master copies."""
+        for name, weight in self.weights.items():
+            self.trained[name].grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round the master copies into the model."""
+        for name, weight in self.weights.items():
+            weight.copy_(self.trained[name])

@@ -1,0 +1,203 @@
+"""The training loop: rollouts, rewards, advantages, one policy-gradient step; deterministic, resumable to the bit."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.checkpoint import Checkpoint
+from trimtab.rl.advantages import ESTIMATORS, informative
+from trimtab.rl.config import RLConfig
+from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
+from trimtab.rl.policy import Policy
+from trimtab.rl.rollouts import Rollouts, rollout
+
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints."""
+BASELINE_DECAY = 0.9
+"""Of the running mean that `reinforce_with_baseline` subtracts."""
+
+RewardFunction = Callable[[Sequence[int], Rollouts], Float[Tensor, "prompts group"]]
+"""Rewards of a batch of rollouts; the first argument says which of the prompts they are of."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What was seen in one update."""
+
+    update: int
+    reward: float
+    """Mean over completions."""
+    informative: float
+    """Share of groups whose rewards differ."""
+    tokens: int
+    """Generated tokens."""
+    length: float
+    """Mean tokens of a completion."""
+    finished: float
+    """Share of completions that ended by themselves."""
+    entropy: float
+    """Mean over generated tokens, nats."""
+    gradient: float
+    """Norm of the gradient before clipping."""
+    norm: float
+    """How far the trained parameters are from where they began."""
+    rollout_s: float
+    update_s: float
+
+
+def train(
+    policy: Policy,
+    prompts: Sequence[Sequence[int]],
+    reward: RewardFunction,
+    config: RLConfig,
+    *,
+    learning_rate: float,
+    seed: int,
+    end: Sequence[int],
+    checkpoint: Path | None = None,
+    identity: Any = None,
+    title: str = "policy",
+) -> list[Update]:
+    """Train a policy's parameters in place on `prompts` (token ids). Returns the history, an entry for each update.
+
+    `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
+    Interrupted and called again with the same checkpoint file and a fresh policy, it goes on and ends with the same
+    parameters; `identity` says what else, beside the arguments, the run belongs to (model, task, arm).
+    """
+    parameters = list(policy.trained.values())
+    for parameter in parameters:
+        parameter.requires_grad_()
+    start = [parameter.detach().clone() for parameter in parameters]
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
+    machine = [str(policy.device), torch.get_num_threads()]
+    saved = Checkpoint(checkpoint, [asdict(config), learning_rate, seed, len(prompts), machine, identity])
+    history, baseline = _restore(saved, policy, optimiser)
+    bar = tqdm(total=config.updates, initial=len(history), desc=title, unit="update", mininterval=1)
+    last_save = time.monotonic()
+    for number in range(len(history) + 1, config.updates + 1):
+        began = time.perf_counter()
+        chosen = batch_of(number, config.prompts, len(prompts), seed)
+        generator = torch.Generator().manual_seed(_mix(seed, number))
+        drawn = rollout(
+            policy, [prompts[i] for i in chosen], group=config.group, max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature, end=end, generator=generator,
+        )  # fmt: skip
+        between = time.perf_counter()
+        rewards = reward(chosen, drawn)
+        advantages = ESTIMATORS[config.estimator](rewards, baseline)
+        mean = rewards.mean().item()
+        baseline = mean if number == 1 else BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * min(1.0, number / max(1.0, config.warm_up * config.updates))
+        norm = optimise(policy, optimiser, drawn, advantages, config)
+        moved = sum((p.detach() - s).square().sum().item() for p, s in zip(parameters, start, strict=True))
+        lengths = drawn.mask.sum(dim=2).float()
+        history.append(
+            Update(
+                number, mean, informative(rewards).item(), drawn.tokens, lengths.mean().item(),
+                drawn.finished.float().mean().item(), (drawn.entropy.sum() / drawn.tokens).item(), norm,
+                math.sqrt(moved), between - began, time.perf_counter() - between,
+            )
+        )  # fmt: skip
+        bar.set_postfix(reward=f"{mean:.2f}", refresh=False)
+        bar.update()
+        if checkpoint is not None and (number == config.updates or time.monotonic() - last_save > SAVE_EVERY):
+            _save(saved, policy, optimiser, history, baseline)
+            last_save = time.monotonic()
+    bar.close()
+    return history
+
+
+def optimise(
+    policy: Policy,
+    optimiser: torch.optim.Optimizer,
+    drawn: Rollouts,
+    advantages: Float[Tensor, "prompts group"],
+    config: RLConfig,
+) -> float:
+    """The optimiser steps on one batch of rollouts. Returns the gradient's norm before clipping, of the last of them.
+
+    The loss is the sum over generated tokens divided by *all* generated tokens of the batch. A group whose advantages
+    are all zero has a gradient of zero (but for the KL penalty): it is left out of the backward pass, and stays in
+    the divisor.
+    """
+    needed = [p for p in range(len(advantages)) if config.kl > 0 or bool((advantages[p] != 0).any())]
+    packs = [pack(drawn, needed[i : i + config.rows]) for i in range(0, len(needed), config.rows)]
+    several = config.steps_per_batch > 1
+    # The policy's own probabilities in the teacher-forced pass, not those of the rollout, which differ by rounding.
+    old = [token_log_probs(policy, each, config.temperature) if several else None for each in packs]
+    reference = [
+        token_log_probs(policy, each, config.temperature, reference=True) if config.kl > 0 else None for each in packs
+    ]
+    norm = 0.0
+    for _ in range(config.steps_per_batch):
+        optimiser.zero_grad(set_to_none=False)
+        for each, old_here, reference_here in zip(packs, old, reference, strict=True):
+            weights = advantages[each.source[:, 0], each.source[:, 1]].to(policy.device)
+
+            def loss(log_probs: Tensor, chunk: slice) -> Tensor:
+                terms = Terms(
+                    log_probs, weights[chunk],  # noqa: B023 (called at once)
+                    None if old_here is None else old_here[chunk],  # noqa: B023
+                    None if reference_here is None else reference_here[chunk],  # noqa: B023
+                )  # fmt: skip
+                return surrogate(terms, config.clip, config.kl).sum() / drawn.tokens
+
+            accumulate(policy, each, config.temperature, loss)
+        policy.collect_gradients()
+        for parameter in policy.trained.values():  # as if the groups left out had been there
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.trained.values(), config.max_grad_norm))
+        optimiser.step()
+        policy.publish()
+    return norm
+
+
+def batch_of(number: int, size: int, total: int, seed: int) -> list[int]:
+    """Which of `total` prompts the update of this number (from 1) takes: each once an epoch, in an order of its own."""
+    chosen = []
+    for place in range((number - 1) * size, number * size):
+        epoch, within = divmod(place, total)
+        order = torch.randperm(total, generator=torch.Generator().manual_seed(_mix(seed, -1 - epoch)))
+        chosen.append(int(order[within]))
+    return chosen
+
+
+def _mix(seed: int, number: int) -> int:
+    """A seed for one purpose, far from its neighbours."""
+    return (seed * 1_000_003 + number * 7_919 + 2**40) % 2**63
+
+
+def _save(
+    saved: Checkpoint, policy: Policy, optimiser: torch.optim.Optimizer, history: list[Update], baseline: float
+) -> None:
+    tensors = {f"policy.{name}": tensor for name, tensor in policy.trained.items()}
+    for index, slots in optimiser.state_dict()["state"].items():
+        tensors |= {f"adam.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    saved.save(tensors, {"history": [asdict(update) for update in history], "baseline": baseline})
+
+
+@torch.no_grad()
+def _restore(saved: Checkpoint, policy: Policy, optimiser: torch.optim.Optimizer) -> tuple[list[Update], float]:
+    found = saved.load()
+    if found is None:
+        return [], 0.0
+    tensors, record = found
+    for name, parameter in policy.trained.items():
+        parameter.copy_(tensors[f"policy.{name}"])
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("adam."):
+            _, index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+    policy.publish()
+    return [Update(**entry) for entry in record["history"]], record["baseline"]

@@ -1,0 +1,114 @@
+"""The arms of the comparison: what of the model is trained, and with which reward."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.interventions import wrap
+from trimtab.pretrained import load_model, load_tokenizer
+from trimtab.rl.policy import FullPolicy, Policy
+from trimtab.steering.vectors import SteeringVectors
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+KINDS = {
+    r"steering": "a vector after every block",
+    r"steering-last": "a vector after the last block alone",
+    r"steering-layer(\d+)": "a vector after one block, counted from 0",
+    r"steering-rank(\d+)": "vectors of all blocks, low-rank across them",
+    r"random-reward": "as `steering`, rewarded by a coin with the batch's own share of heads: a control",
+    r"lora-(\d+)": "LoRA of that rank on every down projection, alpha = rank, as in the paper's code",
+    r"full": "every weight",
+}
+"""Patterns of names, and what each trains."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One side of the comparison."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self._match() is None:
+            raise InputError(f"{self.name!r} is not an arm: write one of {', '.join(KINDS)}.")
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def random_reward(self) -> bool:
+        """Whether rewards say nothing about the completions."""
+        return self.name == "random-reward"
+
+    @property
+    def steers(self) -> bool:
+        """Whether steering vectors are what is trained."""
+        return self.name.startswith("steering") or self.random_reward
+
+    def policy(self, folder: str, *, dtype: str, device: str, seed: int = 0, reference: bool = False) -> "Built":
+        """A fresh policy of the model in a folder, at the base model's behaviour. `seed` is of LoRA's and low-rank's
+        random factors; `reference`: whether a KL penalty will be taken, for which full tuning needs a second copy."""
+        model, tokenizer = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        wrapped = wrap(model, tokenizer)
+        layers, width = model.config.num_hidden_layers, model.config.hidden_size
+        matched = self._match()
+        number = int(matched[1]) if matched and matched.groups() else 0
+        generator = torch.Generator().manual_seed(seed)
+        if self.name == "full":
+            base = wrap(load_model(folder, dtype=dtype, device=device), tokenizer) if reference else None
+            return Built(FullPolicy(wrapped, base), None)
+        if self.name.startswith("lora"):
+            base = wrap(load_model(folder, dtype=dtype, device=device), tokenizer) if reference else None
+            return Built(Policy(wrapped, _inject(wrapped, number, seed), base), None)
+        if self.name == "steering-last":
+            chosen = [layers - 1]
+        elif self.name.startswith("steering-layer"):
+            chosen = [number]
+        else:
+            chosen = list(range(layers))
+        rank = number if self.name.startswith("steering-rank") else None
+        vectors = SteeringVectors(chosen, width, rank=rank, generator=generator).to(device)
+        return Built(Policy(vectors.applied_to(wrapped), dict(vectors.named_parameters()), wrapped), vectors)
+
+    def _match(self) -> re.Match[str] | None:
+        return next((m for pattern in KINDS if (m := re.fullmatch(pattern, self.name))), None)
+
+
+@dataclass(frozen=True)
+class Built:
+    """A policy, and its steering vectors where it has any."""
+
+    policy: Policy
+    vectors: SteeringVectors | None
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers."""
+        return sum(tensor.numel() for tensor in self.policy.trained.values())
+
+    @property
+    def memory(self) -> Mapping[str, int]:
+        """Bytes: gradients in fp32, and Adam's two moments."""
+        return {"gradients": 4 * self.parameters, "optimiser": 8 * self.parameters}
+
+
+def _inject(wrapped: "TransformersModel", rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA on the down projections, in fp32 whatever the model's precision; the adapters' tensors by name."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["down_proj"], lora_dropout=0.0, bias="none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, wrapped._module)
+    trained = {name: p for name, p in wrapped._module.named_parameters() if "lora_" in name}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    return trained

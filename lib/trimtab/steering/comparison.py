@@ -1,0 +1,136 @@
+"""Comparing arms from their stored answers: tables, gains under resampling, figures."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from jaxtyping import Float
+from matplotlib.axes import Axes
+
+from trimtab.errors import InputError
+from trimtab.plots import COLOURS
+from trimtab.rl.evaluation import GREEDY
+from trimtab.steering.arms import Arm
+from trimtab.steering.experiment import accuracy_table
+
+NEEDED = ("steering", "steering-last", "full", "random-reward")
+"""Arms that the claims are about."""
+BASE = "base"
+"""The untrained model, among the controls."""
+
+
+def check_arms(arms: Sequence[str]) -> None:
+    """Raise InputError for a name that is no arm, and where one that a claim needs is missing."""
+    for arm in arms:
+        Arm(arm)
+    missing = [arm for arm in NEEDED if arm not in arms]
+    if missing:
+        raise InputError(f"steering_compare: arms must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
+
+
+def read_answers(trained: Path, arms: Sequence[str], controls: Path) -> pl.DataFrame:
+    """The answers of the controls, then of every arm, with a column `arm`. Raises InputError for a missing file."""
+    for folder, stage in [(controls, "steering_controls"), *((trained / arm, f"steering@{arm}") for arm in arms)]:
+        if not (folder / "answers.parquet").is_file():
+            raise InputError(f"{folder} holds no answers.parquet: run `dvc repro {stage}`.")
+    first = pl.read_parquet(controls / "answers.parquet")
+    tables = [pl.read_parquet(trained / arm / "answers.parquet") for arm in arms]
+    named = [table.select(pl.lit(arm).alias("arm"), pl.all()) for arm, table in zip(arms, tables, strict=True)]
+    return pl.concat([first, *named])
+
+
+def table(answers: pl.DataFrame) -> pl.DataFrame:
+    """A row for each arm and task: means over seeds of `experiment.accuracy_table`, and `low` and `high`, the least and
+    the most accurate seed, greedily."""
+    parts = []
+    for (arm,), rows in answers.group_by("arm", maintain_order=True):
+        parts.append(accuracy_table(rows).select(pl.lit(arm).alias("arm"), pl.all()))
+    seeds = pl.concat(parts, how="diagonal")
+    measures = [column for column in seeds.columns if column not in ("arm", "task", "seed")]
+    return seeds.group_by("arm", "task", maintain_order=True).agg(
+        pl.col("greedy").min().alias("low"), pl.col("greedy").max().alias("high"), pl.col(*measures).mean()
+    )
+
+
+Weights = Float[np.ndarray, " items"]
+"""A weight for each item: ones, or the counts of a bootstrap sample."""
+
+
+@dataclass(frozen=True)
+class Correct:
+    """Whether each arm's greedy completion is right: arrays over training seeds and items of one task. An arm that was
+    not trained has the same answers for every seed."""
+
+    arms: Mapping[str, Float[np.ndarray, "seeds items"]]
+    """The untrained model first."""
+    seeds: int
+    items: int
+
+    @classmethod
+    def of(cls, answers: pl.DataFrame, task: str) -> "Correct":
+        """From the table of `read_answers`. Raises InputError unless all arms answered the same items, and the trained
+        ones with the same seeds."""
+        chosen = answers.filter((pl.col("task") == task) & (pl.col("sample") == GREEDY)).sort("seed", "item")
+        arrays = {
+            str(arm): rows["correct"].to_numpy().reshape(rows["seed"].n_unique(), -1)
+            for (arm,), rows in chosen.group_by("arm", maintain_order=True)
+        }
+        arrays = {name: arrays[name] for name in [BASE, *(each for each in arrays if each != BASE)]}
+        seeds = max(len(array) for array in arrays.values())
+        items = arrays[BASE].shape[1]
+        for name, array in arrays.items():
+            if array.shape not in ((1, items), (seeds, items)):
+                raise InputError(f"{name} was not read with the seeds and items of the others.")
+        return cls({name: np.repeat(a, seeds // len(a), axis=0) for name, a in arrays.items()}, seeds, items)
+
+    def accuracy(self, arm: str) -> float:
+        """Share of right answers, over seeds and items."""
+        return float(self.arms[arm].mean())
+
+    def gain(self, arm: str, seed: int, weights: Weights) -> float:
+        """Accuracy of one training seed less that of the untrained model."""
+        return float((self.arms[arm][seed] - self.arms[BASE][seed]) @ weights / weights.sum())
+
+    def share(self, arm: str, other: str, seed: int, weights: Weights) -> float:
+        """Gain of one arm over that of another, which is taken over all seeds, for a ratio to one seed's would be a
+        ratio to its noise."""
+        whole = np.mean([self.gain(other, each, weights) for each in range(self.seeds)])
+        return float(self.gain(arm, seed, weights) / whole)
+
+    def largest_share(self, arms: Sequence[str], other: str, seed: int, weights: Weights) -> float:
+        """The largest `share` of several arms."""
+        return max(self.share(arm, other, seed, weights) for arm in arms)
+
+
+def plot_accuracy(axis: Axes, rows: pl.DataFrame) -> None:
+    """A bar for each arm of `table` at one task, with the range over seeds; the untrained model is a dashed line."""
+    base = rows.filter(pl.col("arm") == BASE).row(0, named=True)
+    others = rows.filter(pl.col("arm") != BASE)
+    trained = [
+        arm not in ("constant answer", "random vectors", "best prefix", "random-reward") for arm in others["arm"]
+    ]
+    places = range(len(others))
+    spread = [others["greedy"] - others["low"], others["high"] - others["greedy"]]
+    colours = [COLOURS[0] if each else COLOURS[6] for each in trained]
+    axis.barh(places, others["greedy"], xerr=spread, color=colours, height=0.6, error_kw={"linewidth": 1})
+    axis.plot(others["greedy_lenient"], places, "|", color="black", markersize=10, label="last number of the reply")
+    axis.axvline(base["greedy"], color=COLOURS[5], linestyle="--", label="untrained model")
+    axis.set_yticks(places, others["arm"].to_list())
+    axis.invert_yaxis()
+    axis.set(xlim=(0, 1), xlabel="greedy accuracy on held-out items")
+    axis.set_title("Trained arms (blue) and controls (grey)")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
+
+
+def plot_rewards(axis: Axes, trained: Path, arms: Sequence[str]) -> None:
+    """Mean reward of the rollouts over updates, the mean over seeds smoothed over five updates."""
+    for colour, arm in zip(COLOURS, arms, strict=False):
+        history = pl.read_parquet(trained / arm / "history.parquet")
+        mean = history.group_by("update", maintain_order=True).agg(pl.col("reward").mean()).sort("update")
+        smooth = mean["reward"].rolling_mean(5, min_samples=1)
+        axis.plot(mean["update"], smooth, color=colour, label=arm, linewidth=1.4)
+    axis.set(xlabel="update", ylabel="mean reward, of 5 updates", ylim=(0, 1))
+    axis.set_title("Rewards of the rollouts")
+    axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)

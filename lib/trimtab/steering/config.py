@@ -1,0 +1,90 @@
+"""What every arm of the steering comparison shares."""
+
+from dataclasses import dataclass
+
+from trimtab.errors import InputError
+from trimtab.rl.config import RLConfig
+
+
+@dataclass(frozen=True)
+class SteeringConfig(RLConfig):
+    """Section `steering`: how an arm is trained (see `RLConfig`), on what, and how it is read."""
+
+    task: str = "sum"
+    """What the policy is trained on: a name of `rl.tasks.TASKS`."""
+    held_out: str = ""
+    """The task whose test items decide; empty: those of the training task."""
+    other_tasks: tuple[str, ...] = ()
+    """Tasks it was not trained on, read as well."""
+    train_items: int = 1000
+    """Items to draw prompts from."""
+    test_items: int = 500
+    """Held-out items, of the training task."""
+    other_items: int = 200
+    """Held-out items of each other task."""
+    samples: int = 4
+    """Completions drawn for each held-out item of the training task, beside the greedy one."""
+    learning_rates: tuple[float, ...] = (1e-3,)
+    """Grid of Adam's learning rate, the same for every arm; the best by mean reward of a short run is taken."""
+    sweep_updates: int = 8
+    """Updates of each run of the sweep."""
+    seeds: tuple[int, ...] = (0,)
+    """One full run each: a seed sets the order of the items and the samples."""
+    dtype: str = "bfloat16"
+    """What the model computes in; trained parameters are fp32."""
+
+    @property
+    def reading(self) -> str:
+        """The task whose test items decide."""
+        return self.held_out or self.task
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("train_items", "test_items", "sweep_updates"):
+            if getattr(self, name) < 1:
+                raise InputError(f"steering: {name} must be positive, not {getattr(self, name)}.")
+        if self.samples < 0 or self.other_items < 0:
+            raise InputError("steering: samples and other_items must not be negative.")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise InputError(f"steering: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"steering: seeds must be distinct integers, not {list(self.seeds)}.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise InputError(f"steering: dtype must be bfloat16 or float32, not {self.dtype!r}.")
+
+
+@dataclass(frozen=True)
+class ControlsConfig:
+    """Section `steering_controls`."""
+
+    prefixes: int = 20
+    """Likeliest first tokens, of either model, that are tried as a forced prefix."""
+    prefix_items: int = 60
+    """Validation items on which the best is chosen."""
+
+    def __post_init__(self) -> None:
+        if self.prefixes < 1 or self.prefix_items < 1:
+            raise InputError("steering_controls: prefixes and prefix_items must be positive.")
+
+
+@dataclass(frozen=True)
+class LensConfig:
+    """Section `steering_lens`."""
+
+    prompts_read: int = 64
+    """Held-out prompts whose last residuals the difference lens averages over."""
+    items: int = 100
+    """Held-out items on which contributions of layers and of latents are read."""
+    top: int = 10
+    """Promoted tokens shown and compared between seeds."""
+    random_draws: int = 20
+    """Sets of same-norm random vectors."""
+    latents: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    """Numbers of SAE latents that the vector of the SAE's layer is rebuilt from."""
+
+    def __post_init__(self) -> None:
+        for name in ("prompts_read", "items", "top", "random_draws"):
+            if getattr(self, name) < 1:
+                raise InputError(f"steering_lens: {name} must be positive, not {getattr(self, name)}.")
+        if not self.latents or min(self.latents) < 1:
+            raise InputError(f"steering_lens: latents must be positive numbers, not {list(self.latents)}.")

@@ -1,0 +1,52 @@
+"""What a gain must be measured against: a constant answer, random vectors, one forced first token."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimtab.rl.policy import Policy
+from trimtab.steering.experiment import Bench, Questions
+
+
+def constant_answer(train: Questions, held_out: Questions) -> tuple[str, list[float]]:
+    """(the commonest answer among training items, whether it is right on each held-out item): what a policy that has
+    collapsed to one reply earns."""
+    answer, _ = Counter(item.answer for item in train.items).most_common(1)[0]
+    return answer, [held_out.judge(i, answer) for i in range(len(held_out.items))]
+
+
+@torch.no_grad()
+def first_tokens(policy: Policy, prompts: Sequence[Sequence[int]], n: int, batch: int = 64) -> list[int]:
+    """The n tokens with the highest mean probability of beginning a completion."""
+    total: Float[Tensor, " vocabulary"] | float = 0.0
+    for start in range(0, len(prompts), batch):
+        some = prompts[start : start + batch]
+        longest = max(map(len, some))
+        ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in some])
+        attend = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some])
+        positions = (attend.cumsum(1) - 1).clamp(min=0)
+        hidden = policy.hidden(ids.to(policy.device), attend.to(policy.device), positions.to(policy.device))[:, -1]
+        total = total + policy.unembedding(hidden).float().softmax(dim=1).sum(dim=0).cpu()
+    assert isinstance(total, Tensor)
+    return total.topk(n).indices.tolist()
+
+
+def best_prefix(bench: Bench, policy: Policy, questions: Questions, candidates: Sequence[int]) -> pl.DataFrame:
+    """Accuracy of every candidate as a forced first token on validation items, best first: `token`, `text`,
+    `accuracy`."""
+    rows = []
+    for token in candidates:
+        right = bench.right(policy, questions, prefix=[token])
+        rows.append((token, bench.decode([token]), sum(right) / len(right)))
+    table = pl.DataFrame(rows, schema={"token": pl.Int32, "text": pl.String, "accuracy": pl.Float64}, orient="row")
+    return table.sort("accuracy", descending=True, maintain_order=True)
+
+
+def greedily(bench: Bench) -> Bench:
+    """The same experiment, read greedily alone."""
+    return replace(bench, config=replace(bench.config, samples=0))

@@ -1,0 +1,211 @@
+"""One arm's experiment: its items and prompts, sweep, training and held-out reading. Notebooks call this."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import polars as pl
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.checkpoint import fingerprint, save_tensors
+from trimtab.pretrained import load_tokenizer
+from trimtab.rl.evaluation import GREEDY, answers, summary
+from trimtab.rl.policy import Policy
+from trimtab.rl.rollouts import Rollouts, rollout
+from trimtab.rl.tasks import Item, Task, chat_prompt, open_task
+from trimtab.rl.training import RewardFunction, Update, train
+from trimtab.rl.verify import last_number
+from trimtab.steering.arms import Arm, Built
+from trimtab.steering.config import SteeringConfig
+from trimtab.steering.export import save_vectors
+
+EVALUATION_SEED = 1_000
+"""Of the draws on held-out items: the same for every arm and training seed."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Items of one task with their prompts."""
+
+    task: Task
+    items: Sequence[Item]
+    prompts: Sequence[list[int]]
+
+    @classmethod
+    def of(cls, name: str, split: str, n: int, tokenizer: PreTrainedTokenizerBase) -> "Questions":
+        """The first n items of a split."""
+        task = open_task(name)
+        items = task.items(split, n, seed=0)
+        return cls(task, items, [chat_prompt(tokenizer, item) for item in items])
+
+    def judge(self, i: int, completion: str) -> float:
+        """1 where the completion answers item i."""
+        return self.task.reward(completion, self.items[i])
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained policy and its history."""
+
+    built: Built
+    history: list[Update]
+
+    @property
+    def policy(self) -> Policy:
+        """What was trained."""
+        return self.built.policy
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that one arm's runs share."""
+
+    arm: Arm
+    config: SteeringConfig
+    folder: str
+    device: str
+    tokenizer: PreTrainedTokenizerBase
+    questions: Questions
+    """Training items."""
+    held_out: Mapping[str, Questions]
+    """By task, the one that decides first."""
+
+    @classmethod
+    def of(cls, arm: str, config: SteeringConfig, folder: str, device: str) -> "Bench":
+        """Read the tokenizer and draw the items. Raises InputError for an unknown arm or task."""
+        chosen, tokenizer = Arm(arm), load_tokenizer(folder)
+        held_out = {config.reading: Questions.of(config.reading, "test", config.test_items, tokenizer)}
+        for name in config.other_tasks if config.other_items else ():
+            held_out[name] = Questions.of(name, "test", config.other_items, tokenizer)
+        questions = Questions.of(config.task, "train", config.train_items, tokenizer)
+        return cls(chosen, config, folder, device, tokenizer, questions, held_out)
+
+    @property
+    def end(self) -> list[int]:
+        """Tokens that end a completion: the tokenizer's own."""
+        return [int(self.tokenizer.eos_token_id)]
+
+    def build(self, seed: int = 0) -> Built:
+        """A fresh policy of the arm."""
+        reference = self.config.kl > 0
+        return self.arm.policy(self.folder, dtype=self.config.dtype, device=self.device, seed=seed, reference=reference)
+
+    def train(self, learning_rate: float, seed: int, checkpoint: Path | None = None, updates: int | None = None) -> Run:
+        """One run; see `rl.training.train`."""
+        built = self.build(seed)
+        config = self.config if updates is None else replace(self.config, updates=updates)
+        history = train(
+            built.policy, self.questions.prompts, self.reward(seed), config, learning_rate=learning_rate, seed=seed,
+            end=self.end, checkpoint=checkpoint, identity=[str(self.arm), self.config.task],
+            title=f"{self.arm} seed {seed} rate {learning_rate:g}",
+        )  # fmt: skip
+        return Run(built, history)
+
+    def reward(self, seed: int) -> RewardFunction:
+        """The task's reward; for the control, a coin that falls as often as the batch's completions are right."""
+
+        def right(chosen: Sequence[int], drawn: Rollouts) -> Float[Tensor, "prompts group"]:
+            return torch.tensor(
+                [
+                    [self.questions.judge(i, self.decode(drawn.completion(p, m))) for m in range(drawn.mask.shape[1])]
+                    for p, i in enumerate(chosen)
+                ]
+            )
+
+        def coin(chosen: Sequence[int], drawn: Rollouts) -> Float[Tensor, "prompts group"]:
+            rewards = right(chosen, drawn)
+            # From the batch itself, so that a resumed run tosses the same coins.
+            generator = torch.Generator().manual_seed(int(fingerprint([seed, list(chosen)])[:15], 16))
+            return rewards.flatten()[torch.randperm(rewards.numel(), generator=generator)].view(rewards.shape)
+
+        return coin if self.arm.random_reward else right
+
+    def decode(self, ids: list[int]) -> str:
+        """Token ids to text, special tokens left in: a reply that holds one is not an answer."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+    def answers(self, policy: Policy, seed: int, tasks: Sequence[str] | None = None) -> pl.DataFrame:
+        """Greedy and drawn completions of every held-out item, judged: `rl.evaluation.ANSWERS`, and `task`, `seed`, and
+        `lenient`, whether the last number of the reply is the answer. Other tasks are read greedily alone."""
+        tables = []
+        for name in tasks or self.held_out:
+            held_out = self.held_out[name]
+            table = answers(
+                policy, held_out.prompts, held_out.judge, self.decode,
+                samples=self.config.samples if name == self.config.reading else 0,
+                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature, end=self.end,
+                seed=EVALUATION_SEED,
+            )  # fmt: skip
+            gold = [item.answer for item in held_out.items]
+            lenient = [last_number(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
+            kept = table.with_columns(
+                pl.lit(name).alias("task"), pl.lit(seed, pl.Int32).alias("seed"), pl.Series("lenient", lenient)
+            )
+            tables.append(kept)
+        return pl.concat(tables)
+
+    def first(self, n: int) -> Questions:
+        """The first n held-out questions of the task that decides."""
+        held_out = self.held_out[self.config.reading]
+        return replace(held_out, items=held_out.items[:n], prompts=held_out.prompts[:n])
+
+    def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 64) -> list[float]:
+        """Whether the greedy completion of each question is right. With a `prefix` the reply is made to begin with
+        those tokens, which count as part of the prompt (the "To" of Sinii et al. 2025b): what follows them is judged."""
+        found = []
+        for start in range(0, len(questions.prompts), batch):
+            prompts = [[*prompt, *prefix] for prompt in questions.prompts[start : start + batch]]
+            limits = {"max_new_tokens": self.config.max_new_tokens, "temperature": 0.0, "end": self.end}
+            drawn = rollout(policy, prompts, group=1, **limits)  # type: ignore[arg-type]
+            texts = [self.decode(drawn.completion(i, 0)) for i in range(len(prompts))]
+            found += [questions.judge(start + i, text) for i, text in enumerate(texts)]
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Trained numbers of the arm."""
+        return self.build().parameters
+
+    @property
+    def of_model(self) -> int:
+        """Numbers of the model."""
+        return Arm("full").policy(self.folder, dtype="bfloat16", device="cpu").parameters
+
+
+def sweep(bench: Bench, config: SteeringConfig, checkpoint: Path) -> dict[float, float]:
+    """Mean reward over the last half of a short run at each learning rate of the grid, for the first seed.
+
+    A run that diverges earns what its rewards say: nothing.
+    """
+    found = {}
+    for rate in config.learning_rates:
+        file = checkpoint / f"sweep-{rate:g}.safetensors"
+        run = bench.train(rate, config.seeds[0], checkpoint=file, updates=config.sweep_updates)
+        last = run.history[config.sweep_updates // 2 :]
+        found[rate] = sum(update.reward for update in last) / len(last)
+    return found
+
+
+def accuracy_table(answered: pl.DataFrame) -> pl.DataFrame:
+    """A row for each task and seed of `Bench.answers`, with `rl.evaluation.summary` and the lenient greedy accuracy."""
+    rows = []
+    for (task, seed), table in answered.group_by("task", "seed", maintain_order=True):
+        lenient = table.filter(pl.col("sample") == GREEDY)["lenient"].mean()
+        rows.append({"task": task, "seed": seed, **summary(table), "greedy_lenient": lenient})
+    return pl.DataFrame(rows)
+
+
+def save(folder: Path, bench: Bench, runs: Mapping[int, Run]) -> None:
+    """What was trained, for each seed: vectors as `vectors.safetensors`, adapters as `adapter.safetensors`. A fully
+    tuned model is not kept: half a gigabyte a seed, and nothing reads it."""
+    for seed, run in runs.items():
+        where = folder / f"seed-{seed}"
+        if run.built.vectors is not None:
+            where.mkdir(parents=True)
+            save_vectors(where / "vectors.safetensors", run.built.vectors, bench.folder)
+        elif str(bench.arm) != "full":
+            where.mkdir(parents=True)
+            save_tensors(where / "adapter.safetensors", run.policy.trained)

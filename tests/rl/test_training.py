@@ -1,0 +1,149 @@
+"""The loop: it learns, it resumes to the bit, its controls do not learn; every way of adapting the model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from trimtab.errors import InputError
+from trimtab.pretrained import load_model
+from trimtab.rl import training
+from trimtab.rl.config import RLConfig
+from trimtab.rl.evaluation import answers, summary
+from trimtab.rl.rollouts import rollout
+from trimtab.rl.training import train
+from trimtab.steering.arms import Arm
+
+PROMPTS = [[5 + i, 6 + i, 7] for i in range(6)]
+CONFIG = RLConfig(updates=12, prompts=3, group=6, max_new_tokens=3)
+ARMS = ["steering", "steering-last", "steering-layer1", "steering-rank2", "lora-1", "lora-4", "full"]
+
+
+@pytest.fixture(scope="module")
+def model_folder(model_folder, tokenizer, tmp_path_factory):
+    """The tiny model with a louder unembedding: at its initial scale nothing before it can move a probability much."""
+    model = load_model(model_folder)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(15)
+    folder = tmp_path_factory.mktemp("loud")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def wanted(_, drawn):
+    """1 where the first token is among a quarter of the vocabulary: a task with a steady signal."""
+    return (drawn.completions[:, :, 0] % 4 == 1).float()
+
+
+def built(name, folder, dtype="float32", **options):
+    return Arm(name).policy(str(folder), dtype=dtype, device="cpu", **options)
+
+
+def trained(name, folder, rate, config=CONFIG, reward=wanted, **options):
+    made = built(name, folder)
+    history = train(made.policy, PROMPTS, reward, config, learning_rate=rate, seed=0, end=[1], **options)
+    return made, history
+
+
+RATES = {"full": 0.02, "lora-1": 0.1, "lora-4": 0.1}
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_every_arm_learns_and_starts_as_the_base(name, model_folder):
+    made = built(name, model_folder)
+    base = load_model(model_folder)
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        hidden = made.policy.hidden(ids, torch.ones_like(ids), torch.arange(3)[None])
+        torch.testing.assert_close(hidden, base.model(ids).last_hidden_state)
+    config = replace(CONFIG, updates=25, max_new_tokens=1)
+    made, history = trained(name, model_folder, RATES.get(name, 0.3), config)
+    first, last = (sum(u.reward for u in part) / 5 for part in (history[:5], history[-5:]))
+    assert last > first + 0.2, f"{name}: {first:.2f} to {last:.2f}"
+    assert history[-1].norm > 0
+    assert made.memory["optimiser"] == 8 * made.parameters
+
+
+def test_parameter_counts(model_folder):
+    counts = {name: built(name, model_folder).parameters for name in ARMS}
+    assert counts["steering"] == 3 * 16
+    assert counts["steering-last"] == counts["steering-layer1"] == 16
+    assert counts["steering-rank2"] == 3 * 2 + 2 * 16
+    assert counts["lora-4"] == 4 * counts["lora-1"] == 4 * 3 * (16 + 32)
+    assert counts["full"] == sum(p.numel() for p in load_model(model_folder).parameters())
+
+
+@pytest.mark.parametrize("name", ["steering", "lora-1", "full"])
+def test_killed_and_resumed_it_ends_with_the_same_bits(name, model_folder, tmp_path, monkeypatch):
+    whole, history = trained(name, model_folder, 0.05)
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    calls = []
+
+    def interrupted(chosen, drawn):
+        calls.append(chosen)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return wanted(chosen, drawn)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(name, model_folder, 0.05, reward=interrupted, checkpoint=tmp_path / "c")
+    resumed, again = trained(name, model_folder, 0.05, checkpoint=tmp_path / "c")
+    timeless = {"rollout_s": 0.0, "update_s": 0.0}
+    assert [replace(u, **timeless) for u in again] == [replace(u, **timeless) for u in history]
+    for one, other in zip(whole.policy.trained.values(), resumed.policy.trained.values(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_another_run_ignores_the_checkpoint(model_folder, tmp_path):
+    trained("steering", model_folder, 0.05, checkpoint=tmp_path / "c")
+    _, history = trained("steering", model_folder, 0.05, checkpoint=tmp_path / "c", identity="another task")
+    assert len(history) == CONFIG.updates
+    assert history[0].rollout_s > 0
+
+
+def test_full_tuning_in_bf16_keeps_small_updates(model_folder):
+    """Steps far below bf16's resolution add up on the master copies, and reach the model."""
+    made = built("full", model_folder, dtype="bfloat16")
+    weight = made.policy.weights["model.norm.weight"]
+    assert weight.dtype == torch.bfloat16
+    assert weight[0].item() == 1.0
+    for _ in range(40):
+        with torch.no_grad():
+            made.policy.trained["model.norm.weight"].add_(1e-3)
+        made.policy.publish()
+    assert weight[0].item() == pytest.approx(1.04, abs=0.004)
+
+
+def test_the_same_seed_draws_the_same_for_any_arm(model_folder):
+    draws = []
+    for name in ("steering", "lora-1"):
+        policy = built(name, model_folder).policy
+        generator = torch.Generator().manual_seed(0)
+        got = rollout(policy, PROMPTS, group=2, max_new_tokens=4, temperature=1.0, end=[1], generator=generator)
+        draws.append(got.completions)
+    assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("name", ["", "steer", "lora", "lora-x", "full-1", "steering-layer"])
+def test_a_name_that_is_no_arm_is_refused(name):
+    with pytest.raises(InputError, match="is not an arm"):
+        Arm(name)
+
+
+def test_answers_are_judged_item_by_item(model_folder, tokenizer):
+    policy = built("steering", model_folder).policy
+    judged = []
+
+    def judge(item, text):
+        judged.append((item, text))
+        return float(item % 2 == 0)
+
+    options = {"samples": 4, "max_new_tokens": 3, "temperature": 1.0, "end": [1], "seed": 0, "batch": 4}
+    table = answers(policy, PROMPTS, judge, tokenizer.decode, **options)
+    assert table.height == len(PROMPTS) * 5 == len(judged)
+    assert table.filter(sample=0)["item"].to_list() == list(range(6))
+    found = summary(table)
+    assert found["greedy"] == found["mean"] == found["pass@1"] == found["pass@4"] == 0.5
+    assert "pass@8" not in found
+    assert table.equals(answers(policy, PROMPTS, judge, tokenizer.decode, **options))
