@@ -61,10 +61,10 @@ class RLOO:
         )  # fmt: skip
         generate = self.driven._generate
 
-        def timed(*given: Any) -> Any:
-            prompts, *rest = generate(*given)
+        def timed(prompts: list[Any]) -> Any:
+            generated = generate(prompts)
             self.clock.rolled_out()
-            return prompts, *rest
+            return generated
 
         self.driven._generate = timed
 

@@ -19,7 +19,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
-from trimtab.rl.verify import boxed, exact, scorer
+from trimtab.rl.verify import boxed, exact, last_number, scorer
 
 SPLITS = ("train", "val", "test")
 NUMBER = "Answer with a number only."
@@ -42,14 +42,17 @@ class Item:
     question: str
     answer: str
     instruction: str
-    """What the system message says: how to answer."""
+    """How to answer."""
+    subject: str = ""
+    """What it asks about, whatever the wording: items of one subject are near relatives, always of one split, and the
+    unit that intervals resample."""
     metadata: str = ""
     """reasoning-gym's own entry, as JSON, where its scorer judges."""
 
 
-def split_of(question: str) -> str:
-    """The split that a question belongs to, by its text alone: half train, a tenth val, two fifths test."""
-    share = digest(question) / 2**64
+def split_of(subject: str) -> str:
+    """The split that a subject belongs to, by its text alone: half train, a tenth val, two fifths test."""
+    share = digest(subject) / 2**64
     return "test" if share < 0.4 else "val" if share < 0.5 else "train"
 
 
@@ -60,7 +63,7 @@ class Task(ABC):
     name: str
     instruction: str
     verifier: str = "exact"
-    """exact | boxed | scorer: a function of `trimtab.rl.verify`."""
+    """exact | last_number | boxed | scorer: a function of `trimtab.rl.verify`."""
 
     def items(self, split: str, n: int, seed: int) -> list[Item]:
         """The first `n` distinct items of a split: of train, in an order that the seed draws; of val and test, in one
@@ -82,11 +85,13 @@ class Task(ABC):
         match self.verifier:
             case "exact":
                 return exact(completion, item.answer)
+            case "last_number":
+                return last_number(completion, item.answer)
             case "boxed":
                 return boxed(completion, item.answer)
             case "scorer":
                 return scorer(completion, item.metadata)
-        raise InputError(f"{self.name}: a verifier is exact, boxed or scorer, not {self.verifier!r}.")
+        raise InputError(f"{self.name}: a verifier is exact, last_number, boxed or scorer, not {self.verifier!r}.")
 
     @abstractmethod
     def _ordered(self, split: str, order: str) -> Iterator[Item]:
@@ -98,8 +103,8 @@ def _as_worded(entry: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def _expression(entry: Mapping[str, Any]) -> tuple[str, str]:
-    """`4 + 5 - 2 =`: reasoning-gym's sentence around it costs tokens and adds nothing."""
-    return f"{entry['metadata']['expression']} =", entry["answer"]
+    """Without reasoning-gym's sentences around it: `wordings` has its own."""
+    return entry["metadata"]["expression"], entry["answer"]
 
 
 def _sorting(entry: Mapping[str, Any]) -> tuple[str, str]:
@@ -121,7 +126,9 @@ class GeneratedTask(Task):
     generator: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     plain: Callable[[Mapping[str, Any]], tuple[str, str]] = _as_worded
-    """(question, answer) of an entry."""
+    """(subject, answer) of an entry."""
+    wordings: tuple[str, ...] = ("{}",)
+    """Ways to ask about a subject: a question each."""
 
     chunk = 10_000
     patience = 10
@@ -138,40 +145,48 @@ class GeneratedTask(Task):
             entries = reasoning_gym.create_dataset(self.generator, seed=seed, size=self.chunk, **self.settings)
             for i in range(self.chunk):
                 entry = entries[i]
-                question, answer = self.plain(entry)
-                if question in seen:
+                subject, answer = self.plain(entry)
+                if subject in seen:
                     idle += 1
                     if idle > self.patience * (len(seen) + 50):
                         return
                     continue
                 idle = 0
-                seen.add(question)
-                if split_of(question) == split:
+                seen.add(subject)
+                if split_of(subject) == split:
                     metadata = json.dumps(entry) if self.verifier == "scorer" else ""
-                    yield Item(self.name, question, answer, self.instruction, metadata)
+                    for wording in self.wordings:
+                        question = wording.format(subject)
+                        yield Item(self.name, question, answer, self.instruction, subject, metadata)
 
 
 def _terms(fewest: int, most: int, digits: int) -> dict[str, int]:
     return {"min_terms": fewest, "max_terms": most, "min_digits": digits, "max_digits": digits}
 
 
-_SUM: dict[str, Any] = {"instruction": NUMBER, "generator": "chain_sum", "plain": _expression}
+_WAYS = (
+    "What is {}?", "Calculate {}.", "{} =", "How much is {}?", "Please work out {}.", "Compute {}", "Find the value of {}.",
+)  # fmt: skip
+_SUM: dict[str, Any] = {
+    "instruction": NUMBER, "generator": "chain_sum", "plain": _expression, "verifier": "last_number"
+}  # fmt: skip
 _THREE = {"min_numbers": 3, "max_numbers": 3, "max_decimals": 0, "min_value": 0, "max_value": 20}
 _GENERATED = (
-    GeneratedTask(name="sum", settings=_terms(2, 3, digits=1), **_SUM),
-    GeneratedTask(name="sum-4terms", settings=_terms(4, 4, digits=1), **_SUM),
-    GeneratedTask(name="sum-2digit", settings=_terms(2, 2, digits=2), **_SUM),
+    GeneratedTask(name="sum", settings=_terms(2, 2, digits=1), wordings=_WAYS, **_SUM),
+    GeneratedTask(name="sum-3terms", settings=_terms(3, 3, digits=1), wordings=_WAYS[:1], **_SUM),
+    GeneratedTask(name="sum-2digit", settings=_terms(2, 2, digits=2), wordings=_WAYS[:1], **_SUM),
     GeneratedTask(
-        name="product", instruction=NUMBER, generator="products", plain=_expression, settings=_terms(2, 2, digits=1)
+        name="product", instruction=NUMBER, generator="products", plain=_expression, verifier="last_number",
+        settings=_terms(2, 2, digits=1), wordings=_WAYS[:1],
     ),
     GeneratedTask(name="sorting", instruction=NUMBERS, generator="number_sorting", plain=_sorting, settings=_THREE),
-    GeneratedTask(name="gcd", instruction=NUMBER, generator="gcd"),
+    GeneratedTask(name="gcd", instruction=NUMBER, generator="gcd", verifier="last_number"),
     GeneratedTask(name="gsm_symbolic", instruction=BOXED, generator="gsm_symbolic", verifier="boxed"),
     GeneratedTask(name="countdown", instruction=EXPRESSION, generator="countdown", verifier="scorer"),
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _GENERATED})
-"""`sum-4terms` and `sum-2digit` hold no question of `sum`: they measure what carries over. `product` has 100 questions,
-some 40 of them for test. `gcd` is a diagnosis: a policy that always says 2 is right on three questions in ten."""
+"""`sum` has 200 subjects, each worded seven ways; `sum-3terms` and `sum-2digit` share none of them: they measure what
+carries over. `product` has 100, some 40 of them for test. `gcd` is a diagnosis: a policy that always says 2 is right on three questions in ten."""
 
 
 def open_task(spec: str) -> Task:
@@ -191,10 +206,10 @@ def open_task(spec: str) -> Task:
 def chat_prompt(tokenizer: PreTrainedTokenizerBase, item: Item) -> list[int]:
     """Token ids up to where the answer begins: the chat template's, or a plain frame where the tokenizer has none.
 
-    The system message is the task's instruction, in place of a longer one that the template might put there.
+    The instruction follows the question, as in the bias-only paper: as a system message small models overlook it.
     """
     if tokenizer.chat_template is None:
         frame = f"{item.instruction}\n\nQuestion: {item.question}\nAnswer:"
         return list(tokenizer(frame)["input_ids"])
-    messages = [{"role": "system", "content": item.instruction}, {"role": "user", "content": item.question}]
+    messages = [{"role": "user", "content": f"{item.question} {item.instruction}"}]
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))

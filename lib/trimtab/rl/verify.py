@@ -3,7 +3,7 @@
     exact        the whole completion is the answer: an integer, or a list of them, or a word
     boxed        the last \\boxed{} of the completion equals the answer, as math_verify understands mathematics
     scorer       an arithmetic expression that reasoning-gym's own scorer takes for fully right (many answers are)
-    last_number  the completion ends on the answer: a lenient reading, to report beside `exact`, never to reward
+  last_number  the completion ends on the answer: what stands last decides, as with the last box
 
 A policy is an adversary that samples until something pays, so no completion may raise, hang or fill the memory. Caps
 on length come first; `exact` and `last_number` are then linear in what is left. Whatever reaches a parser does so in a
@@ -60,7 +60,8 @@ def exact(completion: str, answer: str) -> float:
 def last_number(completion: str, answer: str) -> float:
     """1.0 where the last number of the completion equals the answer; for a list of k numbers, the last k.
 
-    Lenient, for reports: 5.0 and 1,234 are read as numbers, and anything may come before them.
+    As strict as the last box: a list of guesses earns nothing but by its last. 5.0 and 1,234 are read as numbers, and
+    anything may come before them.
     """
     wanted = _numbers(answer)
     return float(bool(wanted) and _numbers(completion[-2 * MAX_ANSWER :])[-len(wanted) :] == wanted)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
 from trimtab.errors import InputError
@@ -54,8 +54,8 @@ def table(answers: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-Weights = Float[np.ndarray, " items"]
-"""A weight for each item: ones, or the counts of a bootstrap sample."""
+Weights = Float[np.ndarray, " groups"]
+"""A weight for each subject: ones, or the counts of a bootstrap sample."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,18 @@ class Correct:
     arms: Mapping[str, Float[np.ndarray, "seeds items"]]
     """The untrained model first."""
     seeds: int
-    items: int
+    subject: Int[np.ndarray, " items"]
+    """Which subject each item asks about, as a number: the unit that is resampled."""
+
+    @property
+    def items(self) -> int:
+        """Questions."""
+        return len(self.subject)
+
+    @property
+    def groups(self) -> int:
+        """Subjects: items of one are near relatives."""
+        return int(self.subject.max()) + 1
 
     @classmethod
     def of(cls, answers: pl.DataFrame, task: str) -> "Correct":
@@ -83,7 +94,10 @@ class Correct:
         for name, array in arrays.items():
             if array.shape not in ((1, items), (seeds, items)):
                 raise InputError(f"{name} was not read with the seeds and items of the others.")
-        return cls({name: np.repeat(a, seeds // len(a), axis=0) for name, a in arrays.items()}, seeds, items)
+        first = chosen.filter(pl.col("arm") == BASE)["subject"].to_list()
+        numbers = {subject: i for i, subject in enumerate(dict.fromkeys(first))}
+        repeated = {name: np.repeat(a, seeds // len(a), axis=0) for name, a in arrays.items()}
+        return cls(repeated, seeds, np.array([numbers[subject] for subject in first]))
 
     def accuracy(self, arm: str) -> float:
         """Share of right answers, over seeds and items."""
@@ -91,7 +105,8 @@ class Correct:
 
     def gain(self, arm: str, seed: int, weights: Weights) -> float:
         """Accuracy of one training seed less that of the untrained model."""
-        return float((self.arms[arm][seed] - self.arms[BASE][seed]) @ weights / weights.sum())
+        by_item = weights[self.subject]
+        return float((self.arms[arm][seed] - self.arms[BASE][seed]) @ by_item / by_item.sum())
 
     def share(self, arm: str, other: str, seed: int, weights: Weights) -> float:
         """Gain of one arm over that of another, which is taken over all seeds, for a ratio to one seed's would be a
@@ -115,7 +130,7 @@ def plot_accuracy(axis: Axes, rows: pl.DataFrame) -> None:
     spread = [others["greedy"] - others["low"], others["high"] - others["greedy"]]
     colours = [COLOURS[0] if each else COLOURS[6] for each in trained]
     axis.barh(places, others["greedy"], xerr=spread, color=colours, height=0.6, error_kw={"linewidth": 1})
-    axis.plot(others["greedy_lenient"], places, "|", color="black", markersize=10, label="last number of the reply")
+    axis.plot(others["greedy_exact"], places, "|", color="black", markersize=10, label="the answer and nothing else")
     axis.axvline(base["greedy"], color=COLOURS[5], linestyle="--", label="untrained model")
     axis.set_yticks(places, others["arm"].to_list())
     axis.invert_yaxis()

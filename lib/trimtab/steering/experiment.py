@@ -15,9 +15,9 @@ from trimtab.pretrained import load_tokenizer
 from trimtab.rl.evaluation import GREEDY, answers, summary
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts, rollout
-from trimtab.rl.tasks import Item, Task, chat_prompt, open_task
+from trimtab.rl.tasks import Item, Task, chat_prompt, digest, open_task
 from trimtab.rl.training import RewardFunction, Update, train
-from trimtab.rl.verify import last_number
+from trimtab.rl.verify import exact
 from trimtab.steering.arms import Arm, Built
 from trimtab.steering.config import SteeringConfig
 from trimtab.steering.export import save_vectors
@@ -128,8 +128,8 @@ class Bench:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def answers(self, policy: Policy, seed: int, tasks: Sequence[str] | None = None) -> pl.DataFrame:
-        """Greedy and drawn completions of every held-out item, judged: `rl.evaluation.ANSWERS`, and `task`, `seed`, and
-        `lenient`, whether the last number of the reply is the answer. Other tasks are read greedily alone."""
+        """Greedy and drawn completions of every held-out item, judged: `rl.evaluation.ANSWERS`, and `subject`, `task`, `seed`, and
+        `exact`, whether the reply is the answer and nothing else. Other tasks are read greedily alone."""
         tables = []
         for name in tasks or self.held_out:
             held_out = self.held_out[name]
@@ -140,17 +140,21 @@ class Bench:
                 seed=EVALUATION_SEED,
             )  # fmt: skip
             gold = [item.answer for item in held_out.items]
-            lenient = [last_number(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
+            exactly = [exact(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
+            subjects = [item.subject or item.question for item in held_out.items]
             kept = table.with_columns(
-                pl.lit(name).alias("task"), pl.lit(seed, pl.Int32).alias("seed"), pl.Series("lenient", lenient)
+                pl.Series("subject", [subjects[i] for i in table["item"]]),
+                pl.lit(name).alias("task"), pl.lit(seed, pl.Int32).alias("seed"), pl.Series("exact", exactly)
             )
             tables.append(kept)
         return pl.concat(tables)
 
-    def first(self, n: int) -> Questions:
-        """The first n held-out questions of the task that decides."""
+    def sample(self, n: int) -> Questions:
+        """A sample of n held-out questions of the task that decides, the same every time: all wordings, many subjects."""
         held_out = self.held_out[self.config.reading]
-        return replace(held_out, items=held_out.items[:n], prompts=held_out.prompts[:n])
+        order = sorted(range(len(held_out.items)), key=lambda i: digest(held_out.items[i].question))[:n]
+        items, prompts = ([each[i] for i in order] for each in (held_out.items, held_out.prompts))
+        return replace(held_out, items=items, prompts=prompts)
 
     def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 64) -> list[float]:
         """Whether the greedy completion of each question is right. With a `prefix` the reply is made to begin with
@@ -190,11 +194,11 @@ def sweep(bench: Bench, config: SteeringConfig, checkpoint: Path) -> dict[float,
 
 
 def accuracy_table(answered: pl.DataFrame) -> pl.DataFrame:
-    """A row for each task and seed of `Bench.answers`, with `rl.evaluation.summary` and the lenient greedy accuracy."""
+    """A row for each task and seed of `Bench.answers`, with `rl.evaluation.summary` and the share of greedy replies that are the answer and nothing else."""
     rows = []
     for (task, seed), table in answered.group_by("task", "seed", maintain_order=True):
-        lenient = table.filter(pl.col("sample") == GREEDY)["lenient"].mean()
-        rows.append({"task": task, "seed": seed, **summary(table), "greedy_lenient": lenient})
+        exactly = table.filter(pl.col("sample") == GREEDY)["exact"].mean()
+        rows.append({"task": task, "seed": seed, **summary(table), "greedy_exact": exactly})
     return pl.DataFrame(rows)
 
 

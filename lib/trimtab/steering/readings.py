@@ -58,7 +58,8 @@ def against(
     top: int,
 ) -> Against:
     """Both readings of each set, in the difference lens."""
-    unembedding = wrapped._module.get_output_embeddings().weight
+    rows = wrapped._module.get_output_embeddings().weight.detach().float()
+    unembedding = rows - rows.mean(dim=0)  # all rows share a strong direction, which would make any tokens look alike
     auroc, coherence = [], []
     for vectors in sets:
         logits = analysis.vector_logits(wrapped, vectors, "difference", residuals)
