@@ -23,7 +23,7 @@ test: .venv/tested .venv-peers/installed  ## every check, the pipeline at the sm
 	ruff check .
 	ruff format --check .
 	mypy
-	pytest
+	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/installed        ## the whole pipeline at the smoke scale, in a copy under scratch/smoke
 	trimtab copy scratch/smoke --scale smoke

@@ -20,8 +20,13 @@ from trimtab.corpus import Blocks, CorpusConfig, split_documents, token_blocks
 from trimtab.interventions import wrap
 from trimtab.texts import DOCUMENTS
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The pipeline's tests take minutes: first, so that one worker runs them while the other runs the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)
 
 
 @pytest.fixture(scope="session")

@@ -22,18 +22,24 @@ def questions(name, split, n, seed):
     return [item.question for item in TASKS[name].items(split, n, seed)]
 
 
-@pytest.mark.parametrize(("name", "train", "val", "test"), [("sum", 1_500, 300, 1_500), ("gcd", 3_000, 500, 3_000)])
+@pytest.mark.parametrize(("name", "train", "val", "test"), [("sum", 600, 60, 500), ("gcd", 3_000, 500, 3_000)])
 def test_splits_are_disjoint_whatever_the_seeds(name, train, val, test):
     drawn = {split: set() for split in SPLITS}
     for seed in (0, 1, 2, 12_345, 2**32):
         for split, n in zip(SPLITS, (train, val, test), strict=True):
-            found = questions(name, split, n, seed)
-            assert len(set(found)) == n, "a question comes twice"
-            assert {split_of(question) for question in found} == {split}
-            drawn[split] |= set(found)
+            items = TASKS[name].items(split, n, seed)
+            assert len({item.question for item in items}) == n, "a question comes twice"
+            assert {split_of(item.subject) for item in items} == {split}
+            assert all(item.subject in item.question for item in items)
+            drawn[split] |= {item.subject for item in items}
     assert not drawn["train"] & drawn["test"]
     assert not drawn["train"] & drawn["val"]
     assert not drawn["val"] & drawn["test"]
+
+
+def test_all_wordings_of_a_subject_are_of_one_split():
+    by_subject = Counter(item.subject for item in TASKS["sum"].items("test", 500, 0))
+    assert set(by_subject.values()) <= {7, 500 % 7}, "the last subject may be cut short"
 
 
 def test_the_split_is_a_property_of_the_text_and_has_its_share():
@@ -88,17 +94,17 @@ def test_its_own_answer_is_right_and_others_are_not(name):
         boxes = task.verifier == "boxed"
         right = f"It is \\boxed{{{item.answer}}}." if boxes else item.answer
         assert task.reward(right, item) == 1
-        for wrong in ("", item.answer + "7", f"{item.answer} or 7", item.question, "I do not know"):
+        for wrong in ("", item.answer + "7", f"{item.answer} or 7777", "I do not know"):
             assert task.reward(wrong, item) == 0
-        if not boxes:
-            assert task.reward(f"The answer is {item.answer}", item) == 0
+        said = task.reward(f"The answer is {item.answer}", item)
+        assert said == (task.verifier == "last_number")
 
 
-@pytest.mark.parametrize("name", ["sum", "sum-4terms", "sum-2digit", "product"])
-def test_arithmetic_is_a_bare_expression_with_its_value(name):
+@pytest.mark.parametrize("name", ["sum", "sum-3terms", "sum-2digit", "product"])
+def test_the_subject_of_arithmetic_is_an_expression_with_its_value(name):
     for item in TASKS[name].items("train", 30, seed=0):
-        assert re.fullmatch(r"\d+( [-+*] \d+)+ =", item.question)
-        assert str(eval(item.question.removesuffix("="))) == item.answer
+        assert re.fullmatch(r"\d+( [-+*] \d+)+", item.subject)
+        assert str(eval(item.subject)) == item.answer
 
 
 def test_sorting_asks_for_whole_numbers_in_a_plain_list():
@@ -111,10 +117,9 @@ def test_sorting_asks_for_whole_numbers_in_a_plain_list():
 
 
 def test_what_measures_transfer_holds_no_question_of_the_task_itself():
-    known = {question for split in SPLITS for question in questions("sum", split, 300, 0)}
-    assert {len(question.split()) for question in known} == {4, 6}
-    assert all(len(question.split()) == 8 for question in questions("sum-4terms", "test", 100, 0))
-    assert all(re.fullmatch(r"\d\d [-+] \d\d =", question) for question in questions("sum-2digit", "test", 100, 0))
+    assert {len(item.subject.split()) for item in TASKS["sum"].items("train", 300, 0)} == {3}
+    assert all(len(item.subject.split()) == 5 for item in TASKS["sum-3terms"].items("test", 100, 0))
+    assert all(re.fullmatch(r"\d\d [-+] \d\d", item.subject) for item in TASKS["sum-2digit"].items("test", 100, 0))
 
 
 def test_countdown_takes_any_right_expression():
@@ -147,20 +152,19 @@ class TestChatPrompt:
         chatty = copy.deepcopy(tokenizer)
         chatty.chat_template = CHATML
         assert chatty.decode(chat_prompt(chatty, self.item)) == (
-            "<|im_start|>system\nAnswer with a number only.<|im_end|>\n"
-            "<|im_start|>user\n4 + 5 - 2 =<|im_end|>\n<|im_start|>assistant\n"
+            "<|im_start|>user\n4 + 5 - 2 = Answer with a number only.<|im_end|>\n<|im_start|>assistant\n"
         )
 
     @pytest.mark.skipif(not MODEL.exists(), reason="needs data/model: run `dvc repro fetch`")
-    def test_the_models_own_template_with_a_short_system_message(self):
+    def test_the_models_own_template(self):
         real = load_tokenizer(MODEL)
-        messages = [{"role": "system", "content": NUMBER}, {"role": "user", "content": self.item.question}]
+        messages = [{"role": "user", "content": f"{self.item.question} {NUMBER}"}]
         text = real.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         ids = chat_prompt(real, self.item)
         assert ids == real(text)["input_ids"]
         assert real.decode(ids) == text
         assert ids.count(real.convert_tokens_to_ids("<|im_start|>")) == 3
-        assert len(ids) <= 28
+        assert len(ids) <= 50
 
 
 def test_paper_prompts_are_the_papers():
