@@ -19,6 +19,7 @@ import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,6 +34,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 from trimtab.activations import ActivationCache
+from trimtab.activations.reading import CHUNK
 from trimtab.pipeline.provenance import hardware
 
 ROOT = Path(__file__).parents[1]
@@ -141,7 +143,8 @@ def write_rows(folder: Path, shape: Shape, steps: int) -> tuple[Path, str]:
     if shape.d_model == CPU["d_model"] and (train_cache / "manifest.json").is_file():
         stream = ActivationCache(train_cache, checksums=False).batches(batch, seed=0)
         rows = torch.cat([next(stream) for _ in range((measured + trained) // batch)])
-        held_out = next(ActivationCache(test_cache, checksums=False).read())["x"]
+        chunks = islice(ActivationCache(test_cache, checksums=False).read(), -(-HELD_OUT // CHUNK))
+        held_out = torch.cat([chunk["x"] for chunk in chunks])
         origin = "activations of data/activations"
     else:
         rows, held_out = synthetic(shape.d_model, measured + trained), synthetic(shape.d_model, HELD_OUT, seed=1)

@@ -11,7 +11,8 @@ from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.pretrained import load_model
 from trimtab.rl.policy import Policy
-from trimtab.rl.tasks import Item
+from trimtab.rl.rollouts import rollout
+from trimtab.rl.tasks import Item, Task
 from trimtab.steering import comparison, contributions, controls, readings
 from trimtab.steering.config import SteeringConfig
 from trimtab.steering.experiment import Bench, accuracy_table, save, sweep
@@ -35,8 +36,11 @@ def wrapped(model_folder, tokenizer):
     return wrap(load_model(model_folder), tokenizer)
 
 
-class Obliging:
+class Obliging(Task):
     """A task which any reply answers that holds an `a`: something a random model can do now and then."""
+
+    def _ordered(self, split, order):
+        raise NotImplementedError
 
     def reward(self, completion: str, item: Item) -> float:
         return float("a" in completion)
@@ -69,10 +73,8 @@ def test_answers_hold_every_item_and_sample(bench):
 
 def test_a_random_reward_pays_as_often_but_for_nothing(bench):
     coin = Bench.of("random-reward", CONFIG, bench.folder, "cpu")
-    coin = replace(coin, questions=replace(coin.questions, task=Obliging()))
+    coin = replace(coin, questions=replace(coin.questions, task=Obliging(name="obliging", instruction="")))
     honest = replace(bench, questions=coin.questions)
-    from trimtab.rl.rollouts import rollout
-
     policy, chosen = bench.build().policy, list(range(12))
     drawn = rollout(
         policy, [bench.questions.prompts[i] for i in chosen], group=20, max_new_tokens=8, temperature=1.0,
@@ -113,7 +115,7 @@ class TestControls:
 
     def test_a_forced_prefix_is_part_of_the_prompt(self, bench, wrapped):
         policy = Policy(wrapped, {})
-        questions = replace(bench.held_out["sum"], task=Obliging())
+        questions = replace(bench.held_out["sum"], task=Obliging(name="obliging", instruction=""))
         token = int(bench.tokenizer("a")["input_ids"][-1])
         ranking = controls.best_prefix(bench, policy, questions, [token, 50, 60])
         assert ranking["accuracy"].is_sorted(descending=True)
@@ -124,16 +126,18 @@ class TestControls:
 
 
 class TestContributions:
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def vectors(self):
         made = SteeringVectors([0, 1, 2], 16)
         with torch.no_grad():
             made.weight.normal_(generator=torch.Generator().manual_seed(0)).mul_(3)
         return made
 
-    @pytest.fixture(scope="class")
+    @pytest.fixture
     def obliging(self, bench):
-        return replace(bench, held_out={"sum": replace(bench.held_out["sum"], task=Obliging())})
+        return replace(
+            bench, held_out={"sum": replace(bench.held_out["sum"], task=Obliging(name="obliging", instruction=""))}
+        )
 
     def test_by_layer_leaves_out_and_leaves_in(self, obliging, wrapped, vectors):
         questions = obliging.sample(6)
@@ -151,7 +155,9 @@ class TestContributions:
                 assert found == pytest.approx(sum(by_hand) / 6)
 
     def test_a_vector_of_two_latents_is_carried_by_two(self, obliging, wrapped):
-        directions = torch.nn.functional.normalize(torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), dim=1)
+        directions = torch.nn.functional.normalize(
+            torch.randn(40, 16, generator=torch.Generator().manual_seed(1)), dim=1
+        )
         single = SteeringVectors([1], 16)
         with torch.no_grad():
             single.weight.copy_(8 * directions[3] + 5 * directions[7])

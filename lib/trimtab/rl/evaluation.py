@@ -1,6 +1,6 @@
 """How often a policy is right on held-out items: greedily, and in several samples of each."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import polars as pl
 import torch
@@ -30,28 +30,31 @@ def answers(
     temperature: float,
     end: Sequence[int],
     seed: int,
+    sampled: Collection[int] | None = None,
     batch: int = 64,
 ) -> pl.DataFrame:
-    """One greedy and `samples` drawn completions of every prompt, judged: columns `ANSWERS`.
+    """One greedy completion of every prompt, and `samples` drawn ones of those whose numbers are in `sampled` (None: of
+    all), judged: columns `ANSWERS`.
 
     `judge(i, text)` is 1 where the text answers prompt i rightly. Equal seeds give equal draws, whoever the policy is.
     """
     rows = []
     for start in tqdm(range(0, len(prompts), batch), desc="evaluate", unit="batch", mininterval=1):
-        some = prompts[start : start + batch]
-        for first, group, warmth in ((GREEDY, 1, 0.0), (GREEDY + 1, samples, temperature)):
-            if group == 0:
+        here = range(start, min(start + batch, len(prompts)))
+        drawing = [i for i in here if sampled is None or i in sampled]
+        for first, group, warmth, chosen in ((GREEDY, 1, 0.0, here), (GREEDY + 1, samples, temperature, drawing)):
+            if group == 0 or not chosen:
                 continue
             generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
             drawn = rollout(
-                policy, some, group=group, max_new_tokens=max_new_tokens, temperature=warmth, end=end,
-                generator=generator,
+                policy, [prompts[i] for i in chosen], group=group, max_new_tokens=max_new_tokens, temperature=warmth,
+                end=end, generator=generator,
             )  # fmt: skip
-            for i in range(len(some)):
+            for row, i in enumerate(chosen):
                 for member in range(group):
-                    text = decode(drawn.completion(i, member))
-                    length, finished = int(drawn.mask[i, member].sum()), bool(drawn.finished[i, member])
-                    rows.append((start + i, first + member, text, judge(start + i, text), length, finished))
+                    text = decode(drawn.completion(row, member))
+                    length, finished = int(drawn.mask[row, member].sum()), bool(drawn.finished[row, member])
+                    rows.append((i, first + member, text, judge(i, text), length, finished))
     return pl.DataFrame(rows, schema=ANSWERS, orient="row")
 
 

@@ -165,7 +165,8 @@ def _terms(fewest: int, most: int, digits: int) -> dict[str, int]:
 
 
 _WAYS = (
-    "What is {}?", "Calculate {}.", "{} =", "How much is {}?", "Please work out {}.", "Compute {}", "Find the value of {}.",
+    "What is {}?", "Calculate {}.", "{} =", "How much is {}?", "Please work out {}.", "Compute {}", "Tell me {}.",
+    "Find the value of {}.",
 )  # fmt: skip
 _SUM: dict[str, Any] = {
     "instruction": NUMBER, "generator": "chain_sum", "plain": _expression, "verifier": "last_number"
@@ -176,8 +177,13 @@ _GENERATED = (
     GeneratedTask(name="sum-3terms", settings=_terms(3, 3, digits=1), wordings=_WAYS[:1], **_SUM),
     GeneratedTask(name="sum-2digit", settings=_terms(2, 2, digits=2), wordings=_WAYS[:1], **_SUM),
     GeneratedTask(
-        name="product", instruction=NUMBER, generator="products", plain=_expression, verifier="last_number",
-        settings=_terms(2, 2, digits=1), wordings=_WAYS[:1],
+        name="product",
+        instruction=NUMBER,
+        generator="products",
+        plain=_expression,
+        verifier="last_number",
+        settings=_terms(2, 2, digits=1),
+        wordings=_WAYS[:1],
     ),
     GeneratedTask(name="sorting", instruction=NUMBERS, generator="number_sorting", plain=_sorting, settings=_THREE),
     GeneratedTask(name="gcd", instruction=NUMBER, generator="gcd", verifier="last_number"),
@@ -185,8 +191,9 @@ _GENERATED = (
     GeneratedTask(name="countdown", instruction=EXPRESSION, generator="countdown", verifier="scorer"),
 )
 TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _GENERATED})
-"""`sum` has 200 subjects, each worded seven ways; `sum-3terms` and `sum-2digit` share none of them: they measure what
-carries over. `product` has 100, some 40 of them for test. `gcd` is a diagnosis: a policy that always says 2 is right on three questions in ten."""
+"""`sum` has 200 subjects, each worded in eight ways; `sum-3terms` and `sum-2digit` share none of them: they measure
+what carries over. `product` has 100, some 40 of them for test. `gcd` is a diagnosis: a policy that always says 2
+is right on three questions in ten."""
 
 
 def open_task(spec: str) -> Task:

@@ -23,7 +23,9 @@ class SteeringConfig(RLConfig):
     other_items: int = 200
     """Held-out items of each other task."""
     samples: int = 4
-    """Completions drawn for each held-out item of the training task, beside the greedy one."""
+    """Completions drawn for a held-out item of the task that decides, beside the greedy one ..."""
+    sampled_items: int = 100
+    """... of this many of them."""
     learning_rates: tuple[float, ...] = (1e-3,)
     """Grid of Adam's learning rate, the same for every arm; the best by mean reward of a short run is taken."""
     sweep_updates: int = 8
@@ -43,8 +45,8 @@ class SteeringConfig(RLConfig):
         for name in ("train_items", "test_items", "sweep_updates"):
             if getattr(self, name) < 1:
                 raise InputError(f"steering: {name} must be positive, not {getattr(self, name)}.")
-        if self.samples < 0 or self.other_items < 0:
-            raise InputError("steering: samples and other_items must not be negative.")
+        if min(self.samples, self.sampled_items, self.other_items) < 0:
+            raise InputError("steering: samples, sampled_items and other_items must not be negative.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise InputError(f"steering: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

@@ -84,11 +84,10 @@ def by_latents(
     generator = torch.Generator().manual_seed(seed)
     random = F.normalize(torch.randn(directions.shape, generator=generator), dim=1)
     base = np.array(bench.right(Policy(wrapped, {}), questions))
-    whole, rebuilt, rows = [], {}, []
+    rebuilt, rows = {}, []
     parts = {(name, s): decompose(v.vectors()[0], d, budgets)
              for s, v in vectors.items() for name, d in ((LATENTS, directions), (RANDOM, random))}  # fmt: skip
-    for made in vectors.values():
-        whole.append(right(bench, wrapped, made.layers, made.vectors().detach(), questions))
+    whole = [right(bench, wrapped, v.layers, v.vectors().detach(), questions) for v in vectors.values()]
     for name in (LATENTS, RANDOM):
         for i, m in enumerate(budgets):
             arrays = [

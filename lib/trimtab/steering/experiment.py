@@ -128,8 +128,9 @@ class Bench:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
 
     def answers(self, policy: Policy, seed: int, tasks: Sequence[str] | None = None) -> pl.DataFrame:
-        """Greedy and drawn completions of every held-out item, judged: `rl.evaluation.ANSWERS`, and `subject`, `task`, `seed`, and
-        `exact`, whether the reply is the answer and nothing else. Other tasks are read greedily alone."""
+        """Greedy completions of every held-out item, and drawn ones of some, judged. Columns: `rl.evaluation.ANSWERS`,
+        `subject`, `task`, `seed`, and `exact`, whether the reply is the answer and nothing else. Other tasks are read
+        greedily alone."""
         tables = []
         for name in tasks or self.held_out:
             held_out = self.held_out[name]
@@ -137,28 +138,35 @@ class Bench:
                 policy, held_out.prompts, held_out.judge, self.decode,
                 samples=self.config.samples if name == self.config.reading else 0,
                 max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature, end=self.end,
-                seed=EVALUATION_SEED,
+                seed=EVALUATION_SEED, sampled=self.spread(name, self.config.sampled_items),
             )  # fmt: skip
             gold = [item.answer for item in held_out.items]
             exactly = [exact(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
             subjects = [item.subject or item.question for item in held_out.items]
             kept = table.with_columns(
                 pl.Series("subject", [subjects[i] for i in table["item"]]),
-                pl.lit(name).alias("task"), pl.lit(seed, pl.Int32).alias("seed"), pl.Series("exact", exactly)
+                pl.lit(name).alias("task"),
+                pl.lit(seed, pl.Int32).alias("seed"),
+                pl.Series("exact", exactly),
             )
             tables.append(kept)
         return pl.concat(tables)
 
     def sample(self, n: int) -> Questions:
-        """A sample of n held-out questions of the task that decides, the same every time: all wordings, many subjects."""
+        """A sample of n held-out questions of the task that decides."""
         held_out = self.held_out[self.config.reading]
-        order = sorted(range(len(held_out.items)), key=lambda i: digest(held_out.items[i].question))[:n]
-        items, prompts = ([each[i] for i in order] for each in (held_out.items, held_out.prompts))
+        order = self.spread(self.config.reading, n)
+        items, prompts = [held_out.items[i] for i in order], [held_out.prompts[i] for i in order]
         return replace(held_out, items=items, prompts=prompts)
+
+    def spread(self, task: str, n: int) -> list[int]:
+        """Numbers of n held-out items, the same every time, over all wordings and many subjects."""
+        items = self.held_out[task].items
+        return sorted(range(len(items)), key=lambda i: digest(items[i].question))[:n]
 
     def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 64) -> list[float]:
         """Whether the greedy completion of each question is right. With a `prefix` the reply is made to begin with
-        those tokens, which count as part of the prompt (the "To" of Sinii et al. 2025b): what follows them is judged."""
+        those tokens, which belong to the prompt (the "To" of Sinii et al. 2025b): what follows them is judged."""
         found = []
         for start in range(0, len(questions.prompts), batch):
             prompts = [[*prompt, *prefix] for prompt in questions.prompts[start : start + batch]]
@@ -194,7 +202,8 @@ def sweep(bench: Bench, config: SteeringConfig, checkpoint: Path) -> dict[float,
 
 
 def accuracy_table(answered: pl.DataFrame) -> pl.DataFrame:
-    """A row for each task and seed of `Bench.answers`, with `rl.evaluation.summary` and the share of greedy replies that are the answer and nothing else."""
+    """A row for each task and seed of `Bench.answers`: `rl.evaluation.summary`, and as `greedy_exact` the share of
+    greedy replies that are the answer and nothing else."""
     rows = []
     for (task, seed), table in answered.group_by("task", "seed", maintain_order=True):
         exactly = table.filter(pl.col("sample") == GREEDY)["exact"].mean()

@@ -80,7 +80,7 @@ def token_table(found: analysis.Extremes, tokenizer: PreTrainedTokenizerBase, la
     """A row for each layer: the tokens that its vector promotes most and suppresses most, spaces made visible."""
 
     def spelled(ids: Tensor) -> list[str]:
-        return [" ".join(shown(tokenizer.decode([token])) for token in row) for row in ids.tolist()]
+        return [" ".join(shown(str(tokenizer.decode([token]))) for token in row) for row in ids.tolist()]
 
     return pl.DataFrame(
         {"layer": list(layers), "promoted": spelled(found.promoted), "suppressed": spelled(found.suppressed)}
