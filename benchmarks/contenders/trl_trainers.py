@@ -25,7 +25,7 @@ from transformers import PreTrainedModel, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
 
 from trimtab.pretrained import load_tokenizer
-from trimtab.rl.tasks import Item, open_task
+from trimtab.rl.tasks import Item, chat_prompt, open_task
 
 
 class RLOO:
@@ -42,10 +42,9 @@ class RLOO:
         self.clock: Clock | None = None
         self.folder = tempfile.TemporaryDirectory()
         order = [i for batch in questions.batches for i in batch]
-        messages = [
-            [{"role": "system", "content": item.instruction}, {"role": "user", "content": item.question}]
-            for item in (self.items[i] for i in order)
-        ]
+        prompts = [chat_prompt(self.tokenizer, self.items[i]) for i in order]
+        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
+        assert self.tokenizer(text=texts)["input_ids"] == prompts  # as TRL tokenizes them
         arguments = self.config(
             output_dir=self.folder.name, max_steps=job.updates, per_device_train_batch_size=job.prompts * job.group,
             num_generations=job.group, max_completion_length=job.tokens, temperature=1.0, beta=0.0,
@@ -56,7 +55,7 @@ class RLOO:
         )  # fmt: skip
         self.driven = self.trainer(
             model=self.adapt(bare[0]), reward_funcs=self.reward, args=arguments, processing_class=self.tokenizer,
-            train_dataset=Dataset.from_dict({"prompt": messages, "item": order}), callbacks=[Turns(self)],
+            train_dataset=Dataset.from_dict({"prompt": texts, "item": order}), callbacks=[Turns(self)],
             **self.adapter(),
         )  # fmt: skip
         generate = self.driven._generate
