@@ -110,9 +110,9 @@ class Correct:
 
     def share(self, arm: str, other: str, seed: int, weights: Weights) -> float:
         """Gain of one arm over that of another, which is taken over all seeds, for a ratio to one seed's would be a
-        ratio to its noise."""
-        whole = np.mean([self.gain(other, each, weights) for each in range(self.seeds)])
-        return float(self.gain(arm, seed, weights) / whole)
+        ratio to its noise; 0 where the other gained nothing."""
+        whole = float(np.mean([self.gain(other, each, weights) for each in range(self.seeds)]))
+        return self.gain(arm, seed, weights) / whole if whole else 0.0
 
     def largest_share(self, arms: Sequence[str], other: str, seed: int, weights: Weights) -> float:
         """The largest `share` of several arms."""

@@ -63,10 +63,11 @@ class Kept:
         return len(self.base)
 
     def share(self, m: int, seed: int, weights: Float[np.ndarray, " items"]) -> float:
-        """The gain that m latents keep of one seed's vector, over the mean gain of all seeds' vectors."""
+        """The gain that m latents keep of one seed's vector, over the mean gain of all seeds' vectors; 0 where those
+        gained nothing."""
         gain = (self.rebuilt[LATENTS, m][seed] - self.base) @ weights
-        whole = np.mean([(each - self.base) @ weights for each in self.whole])
-        return float(gain / whole)
+        whole = float(np.mean([(each - self.base) @ weights for each in self.whole]))
+        return float(gain / whole) if whole else 0.0
 
 
 def by_latents(
