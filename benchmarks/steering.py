@@ -38,7 +38,7 @@ from trimtab.rl.tasks import open_task
 from trimtab.rl.training import batch_of
 
 ROOT = Path(__file__).parents[1]
-ITEMS = 400
+ITEMS = 800
 SHAPES = {"cpu": {"prompts": 8, "group": 8, "tokens": 16}, "cuda": {"prompts": 64, "group": 8, "tokens": 256}}
 REGIMES = ("fixed", "natural")
 UPDATES, BATCHES = 10_000, 64
