@@ -21,6 +21,7 @@ from trimtab.sae import SAEConfig
 from trimtab.sae.interpretability import InterpretConfig
 from trimtab.sae.probing import ProbeConfig
 from trimtab.sae.splicing import SpliceConfig
+from trimtab.steering.config import ControlsConfig, LensConfig, SteeringConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -35,6 +36,9 @@ CONFIGURATIONS = {
     "sae_splice": SpliceConfig,
     "sae_interpret": InterpretConfig,
     "sae_probe": ProbeConfig,
+    "steering": SteeringConfig,
+    "steering_controls": ControlsConfig,
+    "steering_lens": LensConfig,
 }
 NOT_FIELDS = {"arms", "arm"}
 """Keys of a section that choose among what other stages made; checked where the stage opens it."""
