@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import torch
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
 from torch import Tensor
@@ -61,6 +62,10 @@ def final_hidden(
     `attention_mask`: [batch, keys] of 0 and 1, or [batch, 1, seq, keys] of booleans for any pattern. With a `cache`
     the keys and values of earlier positions are read from it and those of these are added to it.
     """
+    if attention_mask.dim() == 4 and wrapped._module.config._attn_implementation == "eager":
+        # Which adds its mask: booleans would count as 0 and 1.
+        dtype = wrapped._module.dtype
+        attention_mask = torch.where(attention_mask, 0.0, torch.finfo(dtype).min).to(dtype)
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
     options = {} if cache is None else {"past_key_values": cache}
     with wrapped.trace(inputs, use_cache=cache is not None, **options) as tracer:

@@ -36,7 +36,8 @@ def answers(
     """One greedy completion of every prompt, and `samples` drawn ones of those whose numbers are in `sampled` (None: of
     all), judged: columns `ANSWERS`.
 
-    `judge(i, text)` is 1 where the text answers prompt i rightly. Equal seeds give equal draws, whoever the policy is.
+    `judge(i, text)` is 1 where the text answers prompt i rightly. A completion that was cut off is never
+    right. Equal seeds give equal draws, whoever the policy is.
     """
     rows = []
     for start in tqdm(range(0, len(prompts), batch), desc="evaluate", unit="batch", mininterval=1):
@@ -54,7 +55,8 @@ def answers(
                 for member in range(group):
                     text = decode(drawn.completion(row, member))
                     length, finished = int(drawn.mask[row, member].sum()), bool(drawn.finished[row, member])
-                    rows.append((i, first + member, text, judge(i, text), length, finished))
+                    correct = judge(i, text) if finished else 0.0
+                    rows.append((i, first + member, text, correct, length, finished))
     return pl.DataFrame(rows, schema=ANSWERS, orient="row")
 
 

@@ -6,7 +6,7 @@ prompt is computed once; the unembedding runs on completion tokens only, a few h
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -154,5 +154,28 @@ def _predicting(policy: Policy, packed: Packed, *, reference: bool = False) -> F
 def _log_probs(
     policy: Policy, hidden: Float[Tensor, "tokens d_model"], target: Int[Tensor, " tokens"], temperature: float
 ) -> Float[Tensor, " tokens"]:
-    logits = policy.unembedding(hidden).float() / temperature
-    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(dim=1)
+    return _TargetLogProbs.apply(policy.unembedding(hidden), target, temperature)
+
+
+class _TargetLogProbs(torch.autograd.Function):
+    """log softmax(logits / T) at the targets, in fp32. Its gradient, (1[target] - softmax) / T, is written down once,
+    where autograd would pass over all logits several times."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Float[Tensor, "tokens vocab"], target: Int[Tensor, " tokens"], temperature: float
+    ) -> Float[Tensor, " tokens"]:
+        scaled = logits.to(torch.float32, copy=True).div_(temperature)
+        total = scaled.logsumexp(dim=1)
+        ctx.save_for_backward(logits, target, total)
+        ctx.temperature = temperature
+        return scaled.gather(1, target[:, None])[:, 0] - total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Float[Tensor, " tokens"]) -> tuple[Tensor, None, None]:
+        logits, target, total = ctx.saved_tensors
+        gradient = gradient[:, None] / ctx.temperature
+        at_logits = logits.to(torch.float32, copy=True).div_(ctx.temperature)
+        at_logits.sub_(total[:, None]).exp_().mul_(-gradient)
+        at_logits.scatter_add_(1, target[:, None], gradient)
+        return at_logits.to(logits.dtype), None, None

@@ -26,6 +26,10 @@ class Policy:
     ) -> None:
         self.view = view
         self.base = base or view
+        if self.device.type == "cpu":
+            # A third faster there in bf16 than torch's fused attention, backwards and in decoding, at these lengths.
+            for model in (self.view, self.base):
+                model._module.set_attn_implementation("eager")
         self.trained = dict(trained)
 
     @property

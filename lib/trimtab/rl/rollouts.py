@@ -1,11 +1,12 @@
-"""Sampling completions: each prompt is computed once for its whole group, and finished rows leave the batch."""
+"""Sampling completions: what prompts begin with in common is computed once, the rest of each once for its whole group,
+and finished rows leave the batch."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from trimtab.rl.policy import Policy
@@ -51,18 +52,24 @@ def rollout(
 ) -> Rollouts:
     """`group` completions of each prompt (token ids), drawn at a temperature; 0 takes the likeliest token.
 
-    `end`: ids that end a completion. Prompts are padded on the left, and their keys and values are repeated for the
-    group after one pass. Draws come from `generator`, on the CPU, so that one seed gives one result on any device.
+    `end`: ids that end a completion. Prompts are padded on the left, after the tokens that all of them begin with (a
+    chat template's, say), and their keys and values are repeated for the group after one pass. Draws come from
+    `generator`, on the CPU, so that one seed gives one result on any device.
     """
     device = policy.device
     rows, longest = len(prompts) * group, max(map(len, prompts))
-    ids = torch.zeros(len(prompts), longest, dtype=torch.long)
+    cache, shared = DynamicCache(), _shared(prompts)
+    if shared:
+        ids = torch.tensor([list(prompts[0][:shared])], device=device)
+        policy.hidden(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
+        cache.batch_repeat_interleave(len(prompts))
+    ids = torch.zeros(len(prompts), longest - shared, dtype=torch.long)
     attend = torch.zeros(len(prompts), longest, dtype=torch.long)
+    attend[:, :shared] = 1
     for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-        attend[i, longest - len(prompt) :] = 1
-    positions = (attend.cumsum(1) - 1).clamp(min=0)
-    cache = DynamicCache()
+        ids[i, longest - len(prompt) :] = torch.tensor(prompt[shared:])
+        attend[i, shared + longest - len(prompt) :] = 1
+    positions = (attend.cumsum(1) - 1).clamp(min=0)[:, shared:]
     hidden = policy.hidden(ids.to(device), attend.to(device), positions.to(device), cache)[:, -1]
     cache.batch_repeat_interleave(group)
     hidden = hidden.repeat_interleave(group, dim=0)
@@ -78,13 +85,7 @@ def rollout(
         logits = policy.unembedding(hidden).float() / (temperature or 1.0)
         distribution = logits.log_softmax(dim=1).cpu()
         probs = distribution.exp()
-        if temperature:
-            # By inversion: torch.multinomial takes several times as long over a whole vocabulary.
-            cumulative = probs.double().cumsum(dim=1)
-            threshold = torch.rand(len(probs), 1, generator=generator, dtype=torch.float64) * cumulative[:, -1:]
-            token = torch.searchsorted(cumulative, threshold, right=True)
-        else:
-            token = distribution.argmax(dim=1, keepdim=True)
+        token = draw(probs, generator) if temperature else distribution.argmax(dim=1, keepdim=True)
         out[active, t] = token[:, 0]
         mask[active, t] = True
         log_probs[active, t] = distribution.gather(1, token)[:, 0]
@@ -110,3 +111,31 @@ def rollout(
         log_probs[:, :used].view(*shape, used),
         entropy[:, :used].view(*shape, used),
     )
+
+
+def _shared(prompts: Sequence[Sequence[int]]) -> int:
+    """How many tokens all prompts begin with, the last token of none among them, for it predicts the first new one."""
+    shortest = min(map(len, prompts))
+    columns = enumerate(zip(*prompts, strict=False))
+    return 0 if len(prompts) == 1 else next((i for i, ids in columns if i == shortest - 1 or len(set(ids)) > 1), 0)
+
+
+def draw(
+    probs: Float[Tensor, "rows vocab"], generator: torch.Generator | None, block: int = 256
+) -> Int[Tensor, "rows 1"]:
+    """One index from each row, in proportion to its entries, by inversion: first the block of entries, then the entry.
+
+    `torch.multinomial`, and one cumulative sum over a whole vocabulary, take several times as long.
+    """
+    rows, vocab = probs.shape
+    blocks = nn.functional.pad(probs, (0, -vocab % block)).view(rows, -1, block)
+    uniform = torch.rand(rows, 2, 1, generator=generator, dtype=torch.float64)
+    at = _invert(blocks.sum(dim=2).double(), uniform[:, 0])
+    within = blocks[torch.arange(rows), at[:, 0]].double()
+    return at * block + _invert(within, uniform[:, 1])
+
+
+def _invert(weights: Float[Tensor, "rows n"], uniform: Float[Tensor, "rows 1"]) -> Int[Tensor, "rows 1"]:
+    """The first index whose cumulative weight exceeds that share of the whole; never one of weight 0."""
+    cumulative = weights.cumsum(dim=1)
+    return torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)

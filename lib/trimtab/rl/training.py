@@ -65,12 +65,14 @@ def train(
     checkpoint: Path | None = None,
     identity: Any = None,
     title: str = "policy",
+    until: int | None = None,
 ) -> list[Update]:
     """Train a policy's parameters in place on `prompts` (token ids). Returns the history, an entry for each update.
 
     `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
-    Interrupted and called again with the same checkpoint file and a fresh policy, it goes on and ends with the same
-    parameters; `identity` says what else, beside the arguments, the run belongs to (model, task, arm).
+    Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file and a fresh
+    policy, it goes on and ends with the same parameters; `identity` says what else, beside the arguments, the run
+    belongs to (model, task, arm).
     """
     parameters = list(policy.trained.values())
     for parameter in parameters:
@@ -80,9 +82,10 @@ def train(
     machine = [str(policy.device), torch.get_num_threads()]
     saved = Checkpoint(checkpoint, [asdict(config), learning_rate, seed, len(prompts), machine, identity])
     history, baseline = _restore(saved, policy, optimiser)
-    bar = tqdm(total=config.updates, initial=len(history), desc=title, unit="update", mininterval=1)
+    last = config.updates if until is None else min(until, config.updates)
+    bar = tqdm(total=last, initial=len(history), desc=title, unit="update", mininterval=1)
     last_save = time.monotonic()
-    for number in range(len(history) + 1, config.updates + 1):
+    for number in range(len(history) + 1, last + 1):
         began = time.perf_counter()
         chosen = batch_of(number, config.prompts, len(prompts), seed)
         generator = torch.Generator().manual_seed(_mix(seed, number))
@@ -109,7 +112,7 @@ def train(
         )  # fmt: skip
         bar.set_postfix(reward=f"{mean:.2f}", refresh=False)
         bar.update()
-        if checkpoint is not None and (number == config.updates or time.monotonic() - last_save > SAVE_EVERY):
+        if checkpoint is not None and (number == last or time.monotonic() - last_save > SAVE_EVERY):
             _save(saved, policy, optimiser, history, baseline)
             last_save = time.monotonic()
     bar.close()

@@ -97,6 +97,12 @@ class Built:
         return sum(tensor.numel() for tensor in self.policy.trained.values())
 
     @property
+    def of_model(self) -> int:
+        """Numbers of the model itself."""
+        parameters = self.policy.view._module.named_parameters()
+        return sum(tensor.numel() for name, tensor in parameters if "lora_" not in name)
+
+    @property
     def memory(self) -> Mapping[str, int]:
         """Bytes: gradients in fp32, and Adam's two moments."""
         return {"gradients": 4 * self.parameters, "optimiser": 8 * self.parameters}

@@ -15,7 +15,7 @@ from trimtab.rl.evaluation import GREEDY
 from trimtab.steering.arms import Arm
 from trimtab.steering.experiment import accuracy_table
 
-NEEDED = ("steering", "steering-last", "full", "random-reward")
+NEEDED = ("steering", "steering-last", "full")
 """Arms that the claims are about."""
 BASE = "base"
 """The untrained model, among the controls."""
@@ -139,10 +139,9 @@ def plot_accuracy(axis: Axes, rows: pl.DataFrame) -> None:
     axis.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
 
 
-def plot_rewards(axis: Axes, trained: Path, arms: Sequence[str]) -> None:
+def plot_rewards(axis: Axes, histories: Mapping[str, pl.DataFrame]) -> None:
     """Mean reward of the rollouts over updates, the mean over seeds smoothed over five updates."""
-    for colour, arm in zip(COLOURS, arms, strict=False):
-        history = pl.read_parquet(trained / arm / "history.parquet")
+    for colour, (arm, history) in zip(COLOURS, histories.items(), strict=False):
         mean = history.group_by("update", maintain_order=True).agg(pl.col("reward").mean()).sort("update")
         smooth = mean["reward"].rolling_mean(5, min_samples=1)
         axis.plot(mean["update"], smooth, color=colour, label=arm, linewidth=1.4)

@@ -27,9 +27,9 @@ class SteeringConfig(RLConfig):
     sampled_items: int = 100
     """... of this many of them."""
     learning_rates: tuple[float, ...] = (1e-3,)
-    """Grid of Adam's learning rate, the same for every arm; the best by mean reward of a short run is taken."""
+    """Grid of Adam's learning rate, the same for every arm, tried with the first seed."""
     sweep_updates: int = 8
-    """Updates of each run of the sweep."""
+    """Updates after which all but the two best rates are dropped."""
     seeds: tuple[int, ...] = (0,)
     """One full run each: a seed sets the order of the items and the samples."""
     dtype: str = "bfloat16"

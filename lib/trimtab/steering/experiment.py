@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.checkpoint import fingerprint, save_tensors
+from trimtab.checkpoint import fingerprint, read_json, save_tensors, write_json
 from trimtab.pretrained import load_tokenizer
 from trimtab.rl.evaluation import GREEDY, answers, summary
 from trimtab.rl.policy import Policy
@@ -42,7 +42,7 @@ class Questions:
         return cls(task, items, [chat_prompt(tokenizer, item) for item in items])
 
     def judge(self, i: int, completion: str) -> float:
-        """1 where the completion answers item i."""
+        """1 where the completion, which must have come to its end, answers item i."""
         return self.task.reward(completion, self.items[i])
 
 
@@ -93,27 +93,29 @@ class Bench:
         reference = self.config.kl > 0
         return self.arm.policy(self.folder, dtype=self.config.dtype, device=self.device, seed=seed, reference=reference)
 
-    def train(self, learning_rate: float, seed: int, checkpoint: Path | None = None, updates: int | None = None) -> Run:
-        """One run; see `rl.training.train`."""
+    def train(self, learning_rate: float, seed: int, checkpoint: Path | None = None, until: int | None = None) -> Run:
+        """One run, or its first updates; see `rl.training.train`."""
         built = self.build(seed)
-        config = self.config if updates is None else replace(self.config, updates=updates)
         history = train(
-            built.policy, self.questions.prompts, self.reward(seed), config, learning_rate=learning_rate, seed=seed,
-            end=self.end, checkpoint=checkpoint, identity=[str(self.arm), self.config.task],
-            title=f"{self.arm} seed {seed} rate {learning_rate:g}",
+            built.policy, self.questions.prompts, self.reward(seed), self.config, learning_rate=learning_rate,
+            seed=seed, end=self.end, checkpoint=checkpoint, identity=[str(self.arm), self.config.task],
+            title=f"{self.arm} seed {seed} rate {learning_rate:g}", until=until,
         )  # fmt: skip
         return Run(built, history)
+
+    def judged(self, questions: Questions, chosen: Sequence[int], drawn: Rollouts) -> Float[Tensor, "prompts group"]:
+        """Which completions are right; `chosen`: numbers of the questions. One that was cut off never is: where it was
+        cut would otherwise decide what its last number is, and a policy that never stops would do as well."""
+        right = torch.zeros(drawn.finished.shape)
+        for p, m in drawn.finished.nonzero().tolist():
+            right[p, m] = questions.judge(chosen[p], self.decode(drawn.completion(p, m)))
+        return right
 
     def reward(self, seed: int) -> RewardFunction:
         """The task's reward; for the control, a coin that falls as often as the batch's completions are right."""
 
         def right(chosen: Sequence[int], drawn: Rollouts) -> Float[Tensor, "prompts group"]:
-            return torch.tensor(
-                [
-                    [self.questions.judge(i, self.decode(drawn.completion(p, m))) for m in range(drawn.mask.shape[1])]
-                    for p, i in enumerate(chosen)
-                ]
-            )
+            return self.judged(self.questions, chosen, drawn)
 
         def coin(chosen: Sequence[int], drawn: Rollouts) -> Float[Tensor, "prompts group"]:
             rewards = right(chosen, drawn)
@@ -172,33 +174,67 @@ class Bench:
             prompts = [[*prompt, *prefix] for prompt in questions.prompts[start : start + batch]]
             limits = {"max_new_tokens": self.config.max_new_tokens, "temperature": 0.0, "end": self.end}
             drawn = rollout(policy, prompts, group=1, **limits)  # type: ignore[arg-type]
-            texts = [self.decode(drawn.completion(i, 0)) for i in range(len(prompts))]
-            found += [questions.judge(start + i, text) for i, text in enumerate(texts)]
+            found += self.judged(questions, range(start, start + len(prompts)), drawn)[:, 0].tolist()
         return found
 
-    @property
-    def parameters(self) -> int:
-        """Trained numbers of the arm."""
-        return self.build().parameters
+
+@dataclass(frozen=True)
+class Sweep:
+    """What each learning rate earned, with the first seed."""
+
+    short: Mapping[float, float]
+    """Mean reward over the last half of the first `sweep_updates` updates, by rate."""
+    whole: Mapping[float, float]
+    """The same over a run of full length, of the two best."""
+    run: Run
+    """The whole run of the best."""
 
     @property
-    def of_model(self) -> int:
-        """Numbers of the model."""
-        return Arm("full").policy(self.folder, dtype="bfloat16", device="cpu").parameters
+    def best(self) -> float:
+        """The rate that earned the most over a whole run."""
+        return max(self.whole, key=lambda rate: self.whole[rate])
+
+    @property
+    def table(self) -> pl.DataFrame:
+        """Columns `learning_rate`, `short`, `whole`."""
+        rows = [(rate, reward, self.whole.get(rate)) for rate, reward in self.short.items()]
+        schema = {"learning_rate": pl.Float64, "short": pl.Float64, "whole": pl.Float64}
+        return pl.DataFrame(rows, schema=schema, orient="row")
 
 
-def sweep(bench: Bench, config: SteeringConfig, checkpoint: Path) -> dict[float, float]:
-    """Mean reward over the last half of a short run at each learning rate of the grid, for the first seed.
+def sweep(bench: Bench, folder: Path) -> Sweep:
+    """Begin a run at each learning rate of the grid, and finish the two that earn the most.
 
-    A run that diverges earns what its rewards say: nothing.
+    Short runs alone would favour rates at which the policy rises fast and then falls apart. `folder` holds the
+    checkpoints, of two rates at a time, from which an interrupted sweep goes on.
     """
-    found = {}
-    for rate in config.learning_rates:
-        file = checkpoint / f"sweep-{rate:g}.safetensors"
-        run = bench.train(rate, config.seeds[0], checkpoint=file, updates=config.sweep_updates)
-        last = run.history[config.sweep_updates // 2 :]
-        found[rate] = sum(update.reward for update in last) / len(last)
-    return found
+    config, log = bench.config, folder / "sweep.json"
+    rates = {f"{rate:g}": rate for rate in config.learning_rates}
+    short: dict[str, float] = read_json(log) if log.is_file() else {}
+
+    def best() -> list[str]:
+        return sorted(short, key=lambda name: short[name], reverse=True)[:2]
+
+    for name, rate in rates.items():
+        if name not in short:
+            run = bench.train(rate, config.seeds[0], folder / f"rate-{name}.safetensors", until=config.sweep_updates)
+            short[name] = _late(run)
+            write_json(log, short)
+        for other in set(short) - set(best()):  # optimiser states of a whole model are large
+            (folder / f"rate-{other}.safetensors").unlink(missing_ok=True)
+    chosen, whole = None, {}
+    for name in best():
+        run = bench.train(rates[name], config.seeds[0], folder / f"rate-{name}.safetensors")
+        whole[rates[name]] = _late(run)
+        if chosen is None or _late(run) > _late(chosen):
+            chosen = run
+    assert chosen is not None
+    return Sweep({rates[name]: reward for name, reward in short.items()}, whole, chosen)
+
+
+def _late(run: Run) -> float:
+    last = run.history[len(run.history) // 2 :]
+    return sum(update.reward for update in last) / len(last)
 
 
 def accuracy_table(answered: pl.DataFrame) -> pl.DataFrame:
