@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from trimtab.errors import InputError
@@ -13,7 +14,7 @@ from trimtab.rl import advantages as adv
 from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
 from trimtab.rl.policy import Policy
-from trimtab.rl.rollouts import Rollouts, rollout
+from trimtab.rl.rollouts import Rollouts, draw, rollout
 from trimtab.rl.training import batch_of, optimise
 from trimtab.steering.vectors import SteeringVectors
 
@@ -35,10 +36,10 @@ def steered(tiny_llama, tokenizer):
         parameter.requires_grad_(True)
 
 
-def drawn(policy, group=3, tokens=6, temperature=0.7, end=(END,), seed=0):
+def drawn(policy, group=3, tokens=6, temperature=0.7, end=(END,), seed=0, prompts=PROMPTS):
     generator = torch.Generator().manual_seed(seed)
     return rollout(
-        policy, PROMPTS, group=group, max_new_tokens=tokens, temperature=temperature, end=end, generator=generator
+        policy, prompts, group=group, max_new_tokens=tokens, temperature=temperature, end=end, generator=generator
     )
 
 
@@ -58,10 +59,15 @@ def log_probs_one_by_one(policy, rollouts, temperature):
 
 
 class TestRollouts:
-    def test_probabilities_are_those_of_a_pass_without_cache_or_padding(self, steered):
+    @pytest.mark.parametrize(
+        "prompts",
+        [PROMPTS, [[3, 4, 5, 6, 7], [3, 4, 8], [3, 4, 9, 10]], [[3, 4, 5], [3, 4, 5, 6]], [[3, 4]] * 2, [[3, 4, 5]]],
+        ids=["nothing in common", "a common beginning", "one begins another", "twice the same", "alone"],
+    )
+    def test_probabilities_are_those_of_a_pass_without_cache_or_padding(self, steered, prompts):
         policy, _ = steered
         # Half of all tokens end a completion: rows leave the batch at every step.
-        got = drawn(policy, group=8, tokens=10, end=range(0, 258, 2))
+        got = drawn(policy, group=16, tokens=10, end=range(0, 258, 2), prompts=prompts)
         with torch.no_grad():
             expected = log_probs_one_by_one(policy, got, 0.7)
         torch.testing.assert_close(got.log_probs, torch.where(got.mask, expected, 0), atol=1e-5, rtol=1e-5)
@@ -101,6 +107,20 @@ class TestRollouts:
         assert (seen[top] - p[top]).abs().max() < 5 * math.sqrt(0.25 / 4000)
         entropy = -(p * p.log()).sum()
         torch.testing.assert_close(got.entropy[0, 0, 0], entropy, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("vocabulary", [5, 256, 1000])
+    def test_inversion_takes_each_index_as_often_as_it_should(self, vocabulary):
+        probs = torch.rand(vocabulary, generator=torch.Generator().manual_seed(1)) ** 8
+        probs[::3] = 0
+        probs /= probs.sum()
+        n = 20_000
+        got = draw(probs.expand(n, -1), torch.Generator().manual_seed(0), block=64)[:, 0]
+        seen = torch.bincount(got, minlength=vocabulary)
+        assert seen[probs == 0].sum() == 0
+        expected = n * probs[probs > 5 / n].numpy()
+        counted = seen[probs > 5 / n].numpy()
+        statistic = ((counted - expected) ** 2 / expected).sum()
+        assert scipy.stats.chi2.sf(statistic, len(expected) - 1) > 1e-4
 
     def test_a_seed_decides(self, steered):
         policy, _ = steered

@@ -10,6 +10,7 @@ import torch
 from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.pretrained import load_model
+from trimtab.rl.evaluation import answers
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import rollout
 from trimtab.rl.tasks import Item, Task
@@ -22,8 +23,17 @@ from trimtab.steering.vectors import SteeringVectors
 CONFIG = SteeringConfig(
     task="sum", other_tasks=("product",), train_items=12, test_items=10, other_items=4, samples=2,
     learning_rates=(0.01, 0.1), sweep_updates=2, seeds=(0, 1), updates=3, prompts=3, group=4, max_new_tokens=3,
-    dtype="float32",
+    read_tokens=3, dtype="float32",
 )  # fmt: skip
+
+
+ENDS = list(range(0, 258, 2))
+
+
+@pytest.fixture(autouse=True)
+def ends(monkeypatch):
+    """Half of the vocabulary ends a reply: a random model would never find the one token that does."""
+    monkeypatch.setattr(Bench, "end", ENDS)
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +63,62 @@ def test_items_of_training_and_test_share_no_subject(bench):
     assert len(bench.held_out["product"].prompts) == 4
 
 
-def test_the_sweep_tries_every_rate_and_a_run_learns_something(bench, tmp_path):
-    rewards = sweep(bench, CONFIG, tmp_path)
-    assert set(rewards) == {0.01, 0.1}
-    assert all(0 <= reward <= 1 for reward in rewards.values())
+@pytest.fixture
+def obliging(bench):
+    """The same experiment with rewards that a random model earns now and then, and three rates."""
+    config = replace(CONFIG, learning_rates=(0.01, 0.1, 1.0), max_new_tokens=8, group=8, updates=6, sweep_updates=2)
+    questions = replace(bench.questions, task=Obliging(name="obliging", instruction=""))
+    return replace(bench, config=config, questions=questions)
+
+
+class TestSweep:
+    def test_two_rates_go_on_to_the_end(self, obliging, tmp_path):
+        swept = sweep(obliging, tmp_path)
+        assert list(swept.short) == [0.01, 0.1, 1.0]
+        assert len(swept.whole) == 2
+        assert min(swept.short[rate] for rate in swept.whole) >= min(swept.short.values())
+        alone = {rate: obliging.train(rate, 0) for rate in swept.short}
+        for rate, run in alone.items():
+            rewards = [update.reward for update in run.history]
+            assert swept.short[rate] == pytest.approx(rewards[1])
+            assert swept.whole.get(rate, np.mean(rewards[3:])) == pytest.approx(np.mean(rewards[3:]))
+        assert len(swept.run.history) == 6
+        assert torch.equal(swept.run.built.vectors.weight, alone[swept.best].built.vectors.weight)
+        assert swept.table["whole"].null_count() == 1
+
+    def test_it_goes_on_where_it_was_interrupted(self, obliging, tmp_path, monkeypatch):
+        whole, real, taken = sweep(obliging, tmp_path / "whole"), Bench.train, []
+
+        def failing(self, rate, *rest, **options):
+            taken.append(rate)
+            if len(taken) == 3:
+                raise KeyboardInterrupt
+            return real(self, rate, *rest, **options)
+
+        monkeypatch.setattr(Bench, "train", failing)
+        with pytest.raises(KeyboardInterrupt):
+            sweep(obliging, tmp_path / "cut")
+        again = sweep(obliging, tmp_path / "cut")
+        assert taken[:4] == [0.01, 0.1, 1.0, 1.0], "rates that were tried are not tried again"
+        assert (again.short, again.whole) == (whole.short, whole.whole)
+        assert torch.equal(again.run.built.vectors.weight, whole.run.built.vectors.weight)
+
+
+def test_a_reply_that_was_cut_off_is_never_right(obliging):
+    policy, chosen = obliging.build().policy, list(range(6))
+    limits = {"group": 64, "max_new_tokens": 8, "temperature": 1.0, "end": ENDS[::8]}
+    prompts = [obliging.questions.prompts[i] for i in chosen]
+    drawn = rollout(policy, prompts, generator=torch.Generator().manual_seed(0), **limits)
+    rewards = obliging.reward(0)(chosen, drawn)
+    assert 0 < drawn.finished.float().mean() < 1
+    assert rewards[drawn.finished].sum() > 0
+    assert rewards[~drawn.finished].sum() == 0
+    assert any("a" in obliging.decode(drawn.completion(p, m)) for p, m in (~drawn.finished).nonzero().tolist())
+    judged = answers(
+        policy, prompts, lambda i, text: 1.0, obliging.decode, samples=4, seed=0,
+        max_new_tokens=8, temperature=1.0, end=limits["end"],
+    )  # fmt: skip
+    assert judged["correct"].to_list() == judged["finished"].cast(pl.Float64).to_list()
 
 
 def test_answers_hold_every_item_and_sample(bench):
@@ -78,7 +140,7 @@ def test_a_random_reward_pays_as_often_but_for_nothing(bench):
     policy, chosen = bench.build().policy, list(range(12))
     drawn = rollout(
         policy, [bench.questions.prompts[i] for i in chosen], group=20, max_new_tokens=8, temperature=1.0,
-        end=bench.end, generator=torch.Generator().manual_seed(0),
+        end=ENDS[::8], generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     right, tossed = honest.reward(0)(chosen, drawn), coin.reward(0)(chosen, drawn)
     assert 0 < right.mean() < 1
@@ -204,9 +266,9 @@ class TestComparison:
             comparison.Correct.of(self.answers({"base": [[1, 0]], "steering": [[1]], "full": [[1, 1]] * 3}), "sum")
 
     def test_needed_arms(self):
-        comparison.check_arms(["steering", "steering-last", "full", "random-reward", "lora-1"])
+        comparison.check_arms(["steering", "steering-last", "full", "lora-1"])
         with pytest.raises(InputError, match="full is missing"):
-            comparison.check_arms(["steering", "steering-last", "random-reward"])
+            comparison.check_arms(["steering", "steering-last", "lora-1"])
 
 
 class TestReadings:

@@ -82,7 +82,9 @@ def rollout(
     ends = torch.tensor(list(end))
     active = torch.arange(rows)  # rows that are still in the batch
     for t in range(max_new_tokens):
-        logits = policy.unembedding(hidden).float() / (temperature or 1.0)
+        logits = policy.unembedding(hidden).to(torch.float32, copy=True)
+        if temperature not in (0.0, 1.0):
+            logits /= temperature
         distribution = logits.log_softmax(dim=1).cpu()
         probs = distribution.exp()
         token = draw(probs, generator) if temperature else distribution.argmax(dim=1, keepdim=True)
@@ -128,7 +130,9 @@ def draw(
     `torch.multinomial`, and one cumulative sum over a whole vocabulary, take several times as long.
     """
     rows, vocab = probs.shape
-    blocks = nn.functional.pad(probs, (0, -vocab % block)).view(rows, -1, block)
+    if vocab % block:
+        probs = nn.functional.pad(probs, (0, -vocab % block))
+    blocks = probs.view(rows, -1, block)
     uniform = torch.rand(rows, 2, 1, generator=generator, dtype=torch.float64)
     at = _invert(blocks.sum(dim=2).double(), uniform[:, 0])
     within = blocks[torch.arange(rows), at[:, 0]].double()

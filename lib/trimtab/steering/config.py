@@ -22,6 +22,8 @@ class SteeringConfig(RLConfig):
     """Held-out items, of the training task."""
     other_items: int = 200
     """Held-out items of each other task."""
+    read_tokens: int = 64
+    """The most, of a completion of a held-out item: more than in training, so that a gain is not one of brevity."""
     samples: int = 4
     """Completions drawn for a held-out item of the task that decides, beside the greedy one ..."""
     sampled_items: int = 100
@@ -42,7 +44,7 @@ class SteeringConfig(RLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_items", "test_items", "sweep_updates"):
+        for name in ("train_items", "test_items", "read_tokens", "sweep_updates"):
             if getattr(self, name) < 1:
                 raise InputError(f"steering: {name} must be positive, not {getattr(self, name)}.")
         if min(self.samples, self.sampled_items, self.other_items) < 0:

@@ -139,7 +139,7 @@ class Bench:
             table = answers(
                 policy, held_out.prompts, held_out.judge, self.decode,
                 samples=self.config.samples if name == self.config.reading else 0,
-                max_new_tokens=self.config.max_new_tokens, temperature=self.config.temperature, end=self.end,
+                max_new_tokens=self.config.read_tokens, temperature=self.config.temperature, end=self.end,
                 seed=EVALUATION_SEED, sampled=self.spread(name, self.config.sampled_items),
             )  # fmt: skip
             gold = [item.answer for item in held_out.items]
@@ -172,7 +172,7 @@ class Bench:
         found = []
         for start in range(0, len(questions.prompts), batch):
             prompts = [[*prompt, *prefix] for prompt in questions.prompts[start : start + batch]]
-            limits = {"max_new_tokens": self.config.max_new_tokens, "temperature": 0.0, "end": self.end}
+            limits = {"max_new_tokens": self.config.read_tokens, "temperature": 0.0, "end": self.end}
             drawn = rollout(policy, prompts, group=1, **limits)  # type: ignore[arg-type]
             found += self.judged(questions, range(start, start + len(prompts)), drawn)[:, 0].tolist()
         return found
