@@ -152,6 +152,7 @@ def main() -> None:
     if "cpu" in options.devices:
         need_peers()
     os.environ |= threads_of(options.threads) | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all contenders; the pipeline's kernels have it too
     os.environ["PYTHONPATH"] = str(ROOT / "lib")  # for the peers' environment, which has what Trimtab needs but not it
     given = {name: getattr(options, name) for name in ("prompts", "group", "tokens") if getattr(options, name)}
     jobs = [

@@ -22,8 +22,8 @@ class Job:
     """Folder."""
     regime: str
     """`fixed`: no completion ends before `tokens`, and every second one is rewarded, so that no group can be left out
-    of the update: equal work for all. `natural`: completions end where the policy ends them, and are rewarded for being
-    the answer and nothing else."""
+    of the update: equal work for all. `natural`: completions end where the policy ends them, and those that end
+    with the answer are rewarded."""
     rate: float
     updates: int
     prompts: int

@@ -84,7 +84,8 @@ class RLOO:
         self.driven.train()
 
     def reward(self, prompts: list[Any], completion_ids: list[list[int]], item: list[int], **_: Any) -> list[float]:
-        """By `Task.reward`, as ours; the end-of-sequence token is not part of an answer."""
+        """As ours: by `Task.reward`, and nothing for a completion that was cut off; the end-of-sequence token is no
+        part of an answer."""
         if self.job.fixed:
             rewards = [float(row % self.job.group % 2) for row in range(len(prompts))]
         else:
@@ -93,8 +94,9 @@ class RLOO:
         return rewards
 
     def judge(self, ids: list[int], item: Item) -> float:
-        answer = ids[:-1] if ids[-1] == self.tokenizer.eos_token_id else ids
-        return self.task.reward(self.tokenizer.decode(answer, skip_special_tokens=False), item)
+        if ids[-1] != self.tokenizer.eos_token_id:
+            return 0.0
+        return self.task.reward(self.tokenizer.decode(ids[:-1], skip_special_tokens=False), item)
 
 
 class Biased(nn.Linear):

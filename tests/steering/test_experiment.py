@@ -104,20 +104,22 @@ class TestSweep:
         assert torch.equal(again.run.built.vectors.weight, whole.run.built.vectors.weight)
 
 
-def test_a_reply_that_was_cut_off_is_never_right(obliging):
-    policy, chosen = obliging.build().policy, list(range(6))
-    limits = {"group": 64, "max_new_tokens": 8, "temperature": 1.0, "end": ENDS[::8]}
-    prompts = [obliging.questions.prompts[i] for i in chosen]
-    drawn = rollout(policy, prompts, generator=torch.Generator().manual_seed(0), **limits)
-    rewards = obliging.reward(0)(chosen, drawn)
+class Generous(Obliging):
+    """A task which any reply answers."""
+
+    def reward(self, completion: str, item: Item) -> float:
+        return 1.0
+
+
+def test_a_reply_that_was_cut_off_is_never_right(bench):
+    generous = replace(bench, questions=replace(bench.questions, task=Generous(name="generous", instruction="")))
+    policy, chosen = bench.build().policy, list(range(6))
+    limits = {"max_new_tokens": 8, "temperature": 1.0, "end": ENDS[::8]}
+    prompts = [bench.questions.prompts[i] for i in chosen]
+    drawn = rollout(policy, prompts, group=16, generator=torch.Generator().manual_seed(0), **limits)
     assert 0 < drawn.finished.float().mean() < 1
-    assert rewards[drawn.finished].sum() > 0
-    assert rewards[~drawn.finished].sum() == 0
-    assert any("a" in obliging.decode(drawn.completion(p, m)) for p, m in (~drawn.finished).nonzero().tolist())
-    judged = answers(
-        policy, prompts, lambda i, text: 1.0, obliging.decode, samples=4, seed=0,
-        max_new_tokens=8, temperature=1.0, end=limits["end"],
-    )  # fmt: skip
+    assert torch.equal(generous.reward(0)(chosen, drawn), drawn.finished.float())
+    judged = answers(policy, prompts, lambda i, text: 1.0, bench.decode, samples=4, seed=0, **limits)
     assert judged["correct"].to_list() == judged["finished"].cast(pl.Float64).to_list()
 
 
