@@ -24,6 +24,8 @@ class SteeringConfig(RLConfig):
     """Held-out items of each other task."""
     read_tokens: int = 64
     """The most, of a completion of a held-out item: more than in training, so that a gain is not one of brevity."""
+    read_temperature: float = 1.0
+    """Of completions drawn for held-out items."""
     samples: int = 4
     """Completions drawn for a held-out item of the task that decides, beside the greedy one ..."""
     sampled_items: int = 100
@@ -47,6 +49,8 @@ class SteeringConfig(RLConfig):
         for name in ("train_items", "test_items", "read_tokens", "sweep_updates"):
             if getattr(self, name) < 1:
                 raise InputError(f"steering: {name} must be positive, not {getattr(self, name)}.")
+        if self.read_temperature <= 0:
+            raise InputError(f"steering: read_temperature must be positive, not {self.read_temperature}.")
         if min(self.samples, self.sampled_items, self.other_items) < 0:
             raise InputError("steering: samples, sampled_items and other_items must not be negative.")
         if not self.learning_rates or min(self.learning_rates) <= 0:

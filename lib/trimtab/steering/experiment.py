@@ -139,7 +139,7 @@ class Bench:
             table = answers(
                 policy, held_out.prompts, held_out.judge, self.decode,
                 samples=self.config.samples if name == self.config.reading else 0,
-                max_new_tokens=self.config.read_tokens, temperature=self.config.temperature, end=self.end,
+                max_new_tokens=self.config.read_tokens, temperature=self.config.read_temperature, end=self.end,
                 seed=EVALUATION_SEED, sampled=self.spread(name, self.config.sampled_items),
             )  # fmt: skip
             gold = [item.answer for item in held_out.items]
