@@ -82,6 +82,11 @@ class TestSources:
         assert any("## Limits" in cell.source for cell in notebook.cells)
         assert any("assert " in cell.source for cell in notebook.cells if cell.cell_type == "code")
 
+    def test_one_of_its_figures_stands_for_the_record(self, path):
+        cells = [cell for cell in nbformat.read(path, as_version=4).cells if "figure" in cell.metadata.get("tags", [])]
+        drawing = "figure(" in path.read_text()
+        assert len(cells) == int(drawing), "the page of records shows the cell tagged `figure`"
+
     def test_functions_longer_than_ten_lines_belong_in_the_library(self, path):
         for cell in nbformat.read(path, as_version=4).cells:
             for body in re.findall(r"^def .*\n((?:(?: .*)?\n?)*)", cell.source, flags=re.MULTILINE):

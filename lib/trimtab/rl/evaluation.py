@@ -31,32 +31,29 @@ def answers(
     end: Sequence[int],
     seed: int,
     sampled: Collection[int] | None = None,
-    batch: int = 64,
+    batch: int = 128,
 ) -> pl.DataFrame:
     """One greedy completion of every prompt, and `samples` drawn ones of those whose numbers are in `sampled` (None: of
     all), judged: columns `ANSWERS`.
 
     `judge(i, text)` is 1 where the text answers prompt i rightly. A completion that was cut off is never
-    right. Equal seeds give equal draws, whoever the policy is.
+    right. `batch` completions are made at a time. Equal seeds give equal draws, whoever the policy is.
     """
+    drawing = [i for i in range(len(prompts)) if samples and (sampled is None or i in sampled)]
+    passes = [(GREEDY, 1, 0.0, chosen) for chosen in _batches(range(len(prompts)), batch)]
+    passes += [(GREEDY + 1, samples, temperature, chosen) for chosen in _batches(drawing, batch // max(1, samples))]
     rows = []
-    for start in tqdm(range(0, len(prompts), batch), desc="evaluate", unit="batch", mininterval=1):
-        here = range(start, min(start + batch, len(prompts)))
-        drawing = [i for i in here if sampled is None or i in sampled]
-        for first, group, warmth, chosen in ((GREEDY, 1, 0.0, here), (GREEDY + 1, samples, temperature, drawing)):
-            if group == 0 or not chosen:
-                continue
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + start)
-            drawn = rollout(
-                policy, [prompts[i] for i in chosen], group=group, max_new_tokens=max_new_tokens, temperature=warmth,
-                end=end, generator=generator,
-            )  # fmt: skip
-            for row, i in enumerate(chosen):
-                for member in range(group):
-                    text = decode(drawn.completion(row, member))
-                    length, finished = int(drawn.mask[row, member].sum()), bool(drawn.finished[row, member])
-                    correct = judge(i, text) if finished else 0.0
-                    rows.append((i, first + member, text, correct, length, finished))
+    for first, group, warmth, chosen in tqdm(passes, desc="evaluate", unit="batch", mininterval=1):
+        drawn = rollout(
+            policy, [prompts[i] for i in chosen], group=group, max_new_tokens=max_new_tokens, temperature=warmth,
+            end=end, generator=torch.Generator().manual_seed(seed * 1_000_003 + chosen[0]),
+        )  # fmt: skip
+        for row, i in enumerate(chosen):
+            for member in range(group):
+                text = decode(drawn.completion(row, member))
+                length, finished = int(drawn.mask[row, member].sum()), bool(drawn.finished[row, member])
+                correct = judge(i, text) if finished else 0.0
+                rows.append((i, first + member, text, correct, length, finished))
     return pl.DataFrame(rows, schema=ANSWERS, orient="row")
 
 
@@ -75,6 +72,11 @@ def summary(table: pl.DataFrame) -> Mapping[str, float]:
         found |= {"finished": _mean(drawn, "finished")}
         found |= {f"pass@{k}": pass_at_k(correct, k).mean().item() for k in (1, 2, 4, 8, 16, 32) if k <= samples}
     return found
+
+
+def _batches(numbers: Sequence[int], size: int) -> list[Sequence[int]]:
+    size = max(1, size)
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
 
 
 def _mean(table: pl.DataFrame, column: str) -> float:

@@ -53,22 +53,30 @@ class Arm:
         """Whether steering vectors are what is trained."""
         return self.name.startswith("steering") or self.random_reward
 
-    def policy(self, folder: str, *, dtype: str, device: str, seed: int = 0, reference: bool = False) -> "Built":
+    def policy(
+        self,
+        folder: str,
+        *,
+        dtype: str,
+        device: str,
+        seed: int = 0,
+        reference: bool = False,
+        frozen: "TransformersModel | None" = None,
+    ) -> "Built":
         """A fresh policy of the model in a folder, at the base model's behaviour. `seed` is of LoRA's and low-rank's
-        random factors; `reference`: whether a KL penalty will be taken, for which full tuning needs a second copy."""
-        model, tokenizer = load_model(folder, dtype=dtype, device=device), load_tokenizer(folder)
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        wrapped = wrap(model, tokenizer)
-        layers, width = model.config.num_hidden_layers, model.config.hidden_size
+        random factors; `reference`: whether a KL penalty will be taken, for which full tuning needs a second copy.
+        `frozen`: the model as `frozen_model` gives it, where it is at hand; vectors leave it as it is, so that many
+        policies of a steering arm may share it, and other arms load their own."""
+        wrapped = frozen if frozen is not None and self.steers else frozen_model(folder, dtype=dtype, device=device)
+        layers, width = wrapped._module.config.num_hidden_layers, wrapped._module.config.hidden_size
         matched = self._match()
         number = int(matched[1]) if matched and matched.groups() else 0
         generator = torch.Generator().manual_seed(seed)
         if self.name == "full":
-            base = wrap(load_model(folder, dtype=dtype, device=device), tokenizer) if reference else None
+            base = frozen_model(folder, dtype=dtype, device=device) if reference else None
             return Built(FullPolicy(wrapped, base), None)
         if self.name.startswith("lora"):
-            base = wrap(load_model(folder, dtype=dtype, device=device), tokenizer) if reference else None
+            base = frozen_model(folder, dtype=dtype, device=device) if reference else None
             return Built(Policy(wrapped, _inject(wrapped, number, seed), base), None)
         if self.name == "steering-last":
             chosen = [layers - 1]
@@ -82,6 +90,14 @@ class Arm:
 
     def _match(self) -> re.Match[str] | None:
         return next((m for pattern in KINDS if (m := re.fullmatch(pattern, self.name))), None)
+
+
+def frozen_model(folder: str, *, dtype: str, device: str) -> "TransformersModel":
+    """The model in a folder under nnsight, none of its weights trained."""
+    model = load_model(folder, dtype=dtype, device=device)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return wrap(model, load_tokenizer(folder))
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,9 @@ class LensConfig:
     prompts_read: int = 64
     """Held-out prompts whose last residuals the difference lens averages over."""
     items: int = 100
-    """Held-out items on which contributions of layers and of latents are read."""
+    """Held-out items on which each layer's contribution is read ..."""
+    latent_items: int = 100
+    """... and that of latents."""
     top: int = 10
     """Promoted tokens shown and compared between seeds."""
     random_draws: int = 20
@@ -91,7 +93,7 @@ class LensConfig:
     """Numbers of SAE latents that the vector of the SAE's layer is rebuilt from."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts_read", "items", "top", "random_draws"):
+        for name in ("prompts_read", "items", "latent_items", "top", "random_draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"steering_lens: {name} must be positive, not {getattr(self, name)}.")
         if not self.latents or min(self.latents) < 1:

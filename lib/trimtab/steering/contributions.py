@@ -62,12 +62,16 @@ class Kept:
         """Questions."""
         return len(self.base)
 
-    def share(self, m: int, seed: int, weights: Float[np.ndarray, " items"]) -> float:
-        """The gain that m latents keep of one seed's vector, over the mean gain of all seeds' vectors; 0 where those
-        gained nothing."""
-        gain = (self.rebuilt[LATENTS, m][seed] - self.base) @ weights
+    def share(self, m: int, seed: int, weights: Float[np.ndarray, " items"], directions: str = LATENTS) -> float:
+        """The gain that m latents (or random directions) keep of one seed's vector, over the mean gain of all seeds'
+        vectors; 0 where those gained nothing."""
+        gain = (self.rebuilt[directions, m][seed] - self.base) @ weights
         whole = float(np.mean([(each - self.base) @ weights for each in self.whole]))
         return float(gain / whole) if whole else 0.0
+
+    def advantage(self, m: int, seed: int, weights: Float[np.ndarray, " items"]) -> float:
+        """How much more of the gain m latents keep than m random directions."""
+        return self.share(m, seed, weights) - self.share(m, seed, weights, RANDOM)
 
 
 def by_latents(

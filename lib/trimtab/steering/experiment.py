@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import polars as pl
 import torch
@@ -18,9 +20,12 @@ from trimtab.rl.rollouts import Rollouts, rollout
 from trimtab.rl.tasks import Item, Task, chat_prompt, digest, open_task
 from trimtab.rl.training import RewardFunction, Update, train
 from trimtab.rl.verify import exact
-from trimtab.steering.arms import Arm, Built
+from trimtab.steering.arms import Arm, Built, frozen_model
 from trimtab.steering.config import SteeringConfig
 from trimtab.steering.export import save_vectors
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 EVALUATION_SEED = 1_000
 """Of the draws on held-out items: the same for every arm and training seed."""
@@ -83,6 +88,11 @@ class Bench:
         questions = Questions.of(config.task, "train", config.train_items, tokenizer)
         return cls(chosen, config, folder, device, tokenizer, questions, held_out)
 
+    @cached_property
+    def frozen(self) -> "TransformersModel":
+        """The untrained model, which all runs of a steering arm share."""
+        return frozen_model(self.folder, dtype=self.config.dtype, device=self.device)
+
     @property
     def end(self) -> list[int]:
         """Tokens that end a completion: the tokenizer's own."""
@@ -90,8 +100,10 @@ class Bench:
 
     def build(self, seed: int = 0) -> Built:
         """A fresh policy of the arm."""
-        reference = self.config.kl > 0
-        return self.arm.policy(self.folder, dtype=self.config.dtype, device=self.device, seed=seed, reference=reference)
+        return self.arm.policy(
+            self.folder, dtype=self.config.dtype, device=self.device, seed=seed, reference=self.config.kl > 0,
+            frozen=self.frozen if self.arm.steers else None,
+        )  # fmt: skip
 
     def train(self, learning_rate: float, seed: int, checkpoint: Path | None = None, until: int | None = None) -> Run:
         """One run, or its first updates; see `rl.training.train`."""
@@ -166,7 +178,7 @@ class Bench:
         items = self.held_out[task].items
         return sorted(range(len(items)), key=lambda i: digest(items[i].question))[:n]
 
-    def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 64) -> list[float]:
+    def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 128) -> list[float]:
         """Whether the greedy completion of each question is right. With a `prefix` the reply is made to begin with
         those tokens, which belong to the prompt (the "To" of Sinii et al. 2025b): what follows them is judged."""
         found = []
