@@ -66,13 +66,15 @@ def train(
     identity: Any = None,
     title: str = "policy",
     until: int | None = None,
+    worth: Callable[[Sequence[Update]], bool] | None = None,
 ) -> list[Update]:
     """Train a policy's parameters in place on `prompts` (token ids). Returns the history, an entry for each update.
 
     `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
     Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file and a fresh
     policy, it goes on and ends with the same parameters; `identity` says what else, beside the arguments, the run
-    belongs to (model, task, arm).
+    belongs to (model, task, arm). `worth` says at the end whether to write the checkpoint once more: that of a whole
+    model takes seconds.
     """
     parameters = list(policy.trained.values())
     for parameter in parameters:
@@ -112,7 +114,8 @@ def train(
         )  # fmt: skip
         bar.set_postfix(reward=f"{mean:.2f}", refresh=False)
         bar.update()
-        if checkpoint is not None and (number == last or time.monotonic() - last_save > SAVE_EVERY):
+        ended = number == last and (worth is None or worth(history))
+        if checkpoint is not None and (ended or time.monotonic() - last_save > SAVE_EVERY):
             _save(saved, policy, optimiser, history, baseline)
             last_save = time.monotonic()
     bar.close()

@@ -1,6 +1,6 @@
 """One arm's experiment: its items and prompts, sweep, training and held-out reading. Notebooks call this."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -105,13 +105,20 @@ class Bench:
             frozen=self.frozen if self.arm.steers else None,
         )  # fmt: skip
 
-    def train(self, learning_rate: float, seed: int, checkpoint: Path | None = None, until: int | None = None) -> Run:
+    def train(
+        self,
+        learning_rate: float,
+        seed: int,
+        checkpoint: Path | None = None,
+        until: int | None = None,
+        worth: Callable[[Sequence[Update]], bool] | None = None,
+    ) -> Run:
         """One run, or its first updates; see `rl.training.train`."""
         built = self.build(seed)
         history = train(
             built.policy, self.questions.prompts, self.reward(seed), self.config, learning_rate=learning_rate,
             seed=seed, end=self.end, checkpoint=checkpoint, identity=[str(self.arm), self.config.task],
-            title=f"{self.arm} seed {seed} rate {learning_rate:g}", until=until,
+            title=f"{self.arm} seed {seed} rate {learning_rate:g}", until=until, worth=worth,
         )  # fmt: skip
         return Run(built, history)
 
@@ -227,25 +234,30 @@ def sweep(bench: Bench, folder: Path) -> Sweep:
     def best() -> list[str]:
         return sorted(short, key=lambda name: short[name], reverse=True)[:2]
 
+    def among(history: Sequence[Update]) -> bool:
+        return len(short) < 2 or late(history) > short[best()[1]]
+
     for name, rate in rates.items():
         if name not in short:
-            run = bench.train(rate, config.seeds[0], folder / f"rate-{name}.safetensors", until=config.sweep_updates)
-            short[name] = _late(run)
+            where = folder / f"rate-{name}.safetensors"
+            run = bench.train(rate, config.seeds[0], where, until=config.sweep_updates, worth=among)
+            short[name] = late(run.history)
             write_json(log, short)
         for other in set(short) - set(best()):  # optimiser states of a whole model are large
             (folder / f"rate-{other}.safetensors").unlink(missing_ok=True)
     chosen, whole = None, {}
     for name in best():
         run = bench.train(rates[name], config.seeds[0], folder / f"rate-{name}.safetensors")
-        whole[rates[name]] = _late(run)
-        if chosen is None or _late(run) > _late(chosen):
+        whole[rates[name]] = late(run.history)
+        if chosen is None or late(run.history) > late(chosen.history):
             chosen = run
     assert chosen is not None
     return Sweep({rates[name]: reward for name, reward in short.items()}, whole, chosen)
 
 
-def _late(run: Run) -> float:
-    last = run.history[len(run.history) // 2 :]
+def late(history: Sequence[Update]) -> float:
+    """Mean reward over the last half of a history."""
+    last = history[len(history) // 2 :]
     return sum(update.reward for update in last) / len(last)
 
 
