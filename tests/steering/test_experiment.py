@@ -86,6 +86,17 @@ class TestSweep:
         assert torch.equal(swept.run.built.vectors.weight, alone[swept.best].built.vectors.weight)
         assert swept.table["whole"].null_count() == 1
 
+    def test_a_policy_that_is_never_right_is_given_up(self, obliging, tmp_path):
+        never = replace(obliging.questions, task=Never(name="never", instruction=""))
+        hopeless = replace(obliging, config=replace(obliging.config, sweep_updates=5), questions=never)
+        swept = sweep(hopeless, tmp_path / "never")
+        assert set(swept.short.values()) == {0.0}
+        assert len(swept.run.history) == 6, "the best of nothing is run to its end"
+        seen = []
+        hopeless.train(0.01, 0, tmp_path / "one", worth=lambda history: seen.append(len(history)) or len(history) < 3)
+        assert seen == [1, 2, 3]
+        assert not (tmp_path / "one").exists()
+
     def test_it_goes_on_where_it_was_interrupted(self, obliging, tmp_path, monkeypatch):
         whole, real, taken = sweep(obliging, tmp_path / "whole"), Bench.train, []
 
@@ -102,6 +113,13 @@ class TestSweep:
         assert taken[:4] == [0.01, 0.1, 1.0, 1.0], "rates that were tried are not tried again"
         assert (again.short, again.whole) == (whole.short, whole.whole)
         assert torch.equal(again.run.built.vectors.weight, whole.run.built.vectors.weight)
+
+
+class Never(Obliging):
+    """A task which no reply answers."""
+
+    def reward(self, completion: str, item: Item) -> float:
+        return 0.0
 
 
 class Generous(Obliging):

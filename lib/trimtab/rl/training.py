@@ -73,8 +73,8 @@ def train(
     `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
     Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file and a fresh
     policy, it goes on and ends with the same parameters; `identity` says what else, beside the arguments, the run
-    belongs to (model, task, arm). `worth` says at the end whether to write the checkpoint once more: that of a whole
-    model takes seconds.
+    belongs to (model, task, arm). `worth` is asked after each update whether the run is worth going on: where it is not,
+    the run ends there, and its checkpoint, which takes seconds for a whole model, is not written.
     """
     parameters = list(policy.trained.values())
     for parameter in parameters:
@@ -114,8 +114,9 @@ def train(
         )  # fmt: skip
         bar.set_postfix(reward=f"{mean:.2f}", refresh=False)
         bar.update()
-        ended = number == last and (worth is None or worth(history))
-        if checkpoint is not None and (ended or time.monotonic() - last_save > SAVE_EVERY):
+        if worth is not None and not worth(history):
+            break
+        if checkpoint is not None and (number == last or time.monotonic() - last_save > SAVE_EVERY):
             _save(saved, policy, optimiser, history, baseline)
             last_save = time.monotonic()
     bar.close()

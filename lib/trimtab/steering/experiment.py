@@ -27,6 +27,8 @@ from trimtab.steering.export import save_vectors
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
+HOPELESS = 3
+"""Updates without a single reward after which a short run is given up."""
 EVALUATION_SEED = 1_000
 """Of the draws on held-out items: the same for every arm and training seed."""
 
@@ -234,13 +236,15 @@ def sweep(bench: Bench, folder: Path) -> Sweep:
     def best() -> list[str]:
         return sorted(short, key=lambda name: short[name], reverse=True)[:2]
 
-    def among(history: Sequence[Update]) -> bool:
+    def worth(history: Sequence[Update]) -> bool:
+        if len(history) < config.sweep_updates:  # a policy that is never right learns nothing any more
+            return len(history) < HOPELESS or any(update.reward for update in history[-HOPELESS:])
         return len(short) < 2 or late(history) > short[best()[1]]
 
     for name, rate in rates.items():
         if name not in short:
             where = folder / f"rate-{name}.safetensors"
-            run = bench.train(rate, config.seeds[0], where, until=config.sweep_updates, worth=among)
+            run = bench.train(rate, config.seeds[0], where, until=config.sweep_updates, worth=worth)
             short[name] = late(run.history)
             write_json(log, short)
         for other in set(short) - set(best()):  # optimiser states of a whole model are large
