@@ -71,7 +71,9 @@ def test_every_arm_learns_and_starts_as_the_base(name, model_folder):
     after = expected_reward(made.policy)
     assert after > before + 0.2, f"{name}: {before:.2f} to {after:.2f}"
     assert history[-1].norm > 0
-    assert made.memory["optimiser"] == 8 * made.parameters
+    held, tensors = made.policy.training_bytes, len(made.policy.trained)
+    assert held["trained"] == held["gradients"] == 4 * made.parameters, "in fp32"
+    assert held["optimiser"] == 8 * made.parameters + 4 * tensors, "two moments, and a count of steps a tensor"
 
 
 def test_parameter_counts(model_folder):

@@ -274,11 +274,15 @@ class TestComparison:
         assert (right.seeds, right.items, right.groups) == (2, 8, 4)
         ones = np.ones(4)
         assert right.gain("steering", 0, ones) == pytest.approx(3 / 8)
-        assert right.share("steering", "full", 0, ones) == pytest.approx(3 / 6)
-        assert right.share("steering", "full", 1, ones) == pytest.approx(5 / 6)
+        # Gains 3/8 and 5/8 against 5/8 and 7/8: a ratio of 2/3, whose terms fall by what the other's gain adds.
+        assert right.share("steering", "full", 0, ones) == pytest.approx(2 / 3 + (3 - 2 / 3 * 5) / 6)
+        assert right.share("steering", "full", 1, ones) == pytest.approx(2 / 3 + (5 - 2 / 3 * 7) / 6)
+        assert [right.share("full", "full", s, ones) for s in (0, 1)] == pytest.approx([1, 1])
         # A bootstrap sample that drew the second subject alone.
         assert right.gain("steering", 0, np.array([0.0, 4.0, 0.0, 0.0])) == pytest.approx(1.0)
-        assert right.largest_share(["base", "steering"], "full", 1, ones) == pytest.approx(5 / 6)
+        assert right.ratio(["base", "steering"], "full")[0] == pytest.approx(2 / 3)
+        assert right.ratio(["full"], "full") == pytest.approx((1, 1, 1))
+        assert right.ratio(["full"], "base")[1:] == (-np.inf, np.inf), "of no gain there are no shares"
         assert right.accuracy("full") == pytest.approx(14 / 16)
 
     def test_arms_that_were_read_otherwise_are_refused(self):
@@ -310,8 +314,11 @@ class TestReadings:
         torch.testing.assert_close(drawn.norm(dim=2)[0], vectors.norm(dim=2)[0])
         torch.testing.assert_close(drawn.norm(dim=2)[1], vectors.norm(dim=2)[1])
         agreement = torch.tensor([[[1.0, 0.2], [0.2, 1.0]], [[1.0, 0.6], [0.6, 1.0]]])
-        assert readings.to_others(agreement) == pytest.approx([0.4, 0.4])
-        assert readings.to_others(agreement[:, :1, :1]) == [0.0]
+        assert readings.agreements(agreement) == pytest.approx([0.4])
+        assert readings.agreements(agreement[:, :1, :1]) == [0.0]
+        three = torch.tensor([[[1.0, 0.1, 0.3], [0.1, 1.0, 0.8], [0.3, 0.8, 1.0]]])
+        # Left out by turns: cosines 0.8, 0.3, 0.1, whose mean is 0.4.
+        assert readings.agreements(three) == pytest.approx([3 * 0.4 - 2 * rest for rest in (0.8, 0.3, 0.1)])
 
 
 @pytest.mark.parametrize(

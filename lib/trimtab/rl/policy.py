@@ -31,6 +31,8 @@ class Policy:
             for model in (self.view, self.base):
                 model._module.set_attn_implementation("eager")
         self.trained = dict(trained)
+        self.training_bytes: dict[str, int] = {}
+        """Once `train` was called: what it held beside the model, see there."""
 
     @property
     def device(self) -> torch.device:

@@ -107,6 +107,15 @@ def _expression(entry: Mapping[str, Any]) -> tuple[str, str]:
     return entry["metadata"]["expression"], entry["answer"]
 
 
+def _commuted(expression: str) -> str:
+    """The same for 7 + 9 and 9 + 7, of which one must not be trained on where the other is held out."""
+    for sign in (" + ", " * "):
+        terms = expression.split(sign)
+        if all(term.isdigit() for term in terms):
+            return sign.join(sorted(terms, key=int))
+    return expression
+
+
 def _sorting(entry: Mapping[str, Any]) -> tuple[str, str]:
     """Whole numbers as such, and a plain list for an answer: reasoning-gym has 16.0 and asks for quoted strings."""
     given, wanted = (
@@ -127,6 +136,8 @@ class GeneratedTask(Task):
     settings: Mapping[str, Any] = field(default_factory=dict)
     plain: Callable[[Mapping[str, Any]], tuple[str, str]] = _as_worded
     """(subject, answer) of an entry."""
+    related: Callable[[str], str] = str
+    """What a subject shares with its near relatives: it decides the split, and is the `subject` of the items."""
     wordings: tuple[str, ...] = ("{}",)
     """Ways to ask about a subject: a question each."""
 
@@ -153,11 +164,12 @@ class GeneratedTask(Task):
                     continue
                 idle = 0
                 seen.add(subject)
-                if split_of(subject) == split:
+                group = self.related(subject)
+                if split_of(group) == split:
                     metadata = json.dumps(entry) if self.verifier == "scorer" else ""
                     for wording in self.wordings:
                         question = wording.format(subject)
-                        yield Item(self.name, question, answer, self.instruction, subject, metadata)
+                        yield Item(self.name, question, answer, self.instruction, group, metadata)
 
 
 def _terms(fewest: int, most: int, digits: int) -> dict[str, int]:
@@ -169,7 +181,8 @@ _WAYS = (
     "Find the value of {}.",
 )  # fmt: skip
 _SUM: dict[str, Any] = {
-    "instruction": NUMBER, "generator": "chain_sum", "plain": _expression, "verifier": "last_number"
+    "instruction": NUMBER, "generator": "chain_sum", "plain": _expression, "verifier": "last_number",
+    "related": _commuted,
 }  # fmt: skip
 _THREE = {"min_numbers": 3, "max_numbers": 3, "max_decimals": 0, "min_value": 0, "max_value": 20}
 _GENERATED = (
@@ -181,6 +194,7 @@ _GENERATED = (
         instruction=NUMBER,
         generator="products",
         plain=_expression,
+        related=_commuted,
         verifier="last_number",
         settings=_terms(2, 2, digits=1),
         wordings=_WAYS[:1],

@@ -73,8 +73,9 @@ def train(
     `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
     Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file and a fresh
     policy, it goes on and ends with the same parameters; `identity` says what else, beside the arguments, the run
-    belongs to (model, task, arm). `worth` is asked after each update whether the run is worth going on: where it is not,
-    the run ends there, and its checkpoint, which takes seconds for a whole model, is not written.
+    belongs to (model, task, arm). `worth` is asked after each update whether the run is worth going on: if it is not,
+    the run ends there, and its checkpoint, which takes seconds for a whole model, is not written. At the end
+    `policy.training_bytes` has the bytes of trained parameters, gradients and the optimiser's state.
     """
     parameters = list(policy.trained.values())
     for parameter in parameters:
@@ -120,6 +121,12 @@ def train(
             _save(saved, policy, optimiser, history, baseline)
             last_save = time.monotonic()
     bar.close()
+    slots = [slot for each in optimiser.state.values() for slot in each.values() if isinstance(slot, Tensor)]
+    policy.training_bytes = {
+        "trained": sum(p.nbytes for p in parameters),
+        "gradients": sum(p.nbytes if p.grad is None else p.grad.nbytes for p in parameters),
+        "optimiser": sum(slot.nbytes for slot in slots),
+    }
     return history
 
 

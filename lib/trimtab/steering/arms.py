@@ -1,7 +1,6 @@
 """The arms of the comparison: what of the model is trained, and with which reward."""
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -117,11 +116,6 @@ class Built:
         """Numbers of the model itself."""
         parameters = self.policy.view._module.named_parameters()
         return sum(tensor.numel() for name, tensor in parameters if "lora_" not in name)
-
-    @property
-    def memory(self) -> Mapping[str, int]:
-        """Bytes: gradients in fp32, and Adam's two moments."""
-        return {"gradients": 4 * self.parameters, "optimiser": 8 * self.parameters}
 
 
 def _inject(wrapped: "TransformersModel", rank: int, seed: int) -> dict[str, Tensor]:

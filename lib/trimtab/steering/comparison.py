@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import polars as pl
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
+from trimtab.claims import seeds_and_groups
 from trimtab.errors import InputError
 from trimtab.plots import COLOURS
 from trimtab.rl.evaluation import GREEDY
@@ -109,14 +111,22 @@ class Correct:
         return float((self.arms[arm][seed] - self.arms[BASE][seed]) @ by_item / by_item.sum())
 
     def share(self, arm: str, other: str, seed: int, weights: Weights) -> float:
-        """Gain of one arm over that of another, which is taken over all seeds, for a ratio to one seed's would be a
-        ratio to its noise; 0 where the other gained nothing."""
-        whole = float(np.mean([self.gain(other, each, weights) for each in range(self.seeds)]))
-        return self.gain(arm, seed, weights) / whole if whole else 0.0
+        """One seed's term of gain(arm) / gain(other): the ratio of the means over seeds, and to first order how this
+        seed moves it, in either arm, so that the mean over seeds is the ratio and the spread is that of both; 0 where
+        the other gained nothing."""
+        whole, mine = (np.mean([self.gain(name, s, weights) for s in range(self.seeds)]) for name in (other, arm))
+        if not whole:
+            return 0.0
+        ratio = mine / whole
+        return float(ratio + (self.gain(arm, seed, weights) - ratio * self.gain(other, seed, weights)) / whole)
 
-    def largest_share(self, arms: Sequence[str], other: str, seed: int, weights: Weights) -> float:
-        """The largest `share` of several arms."""
-        return max(self.share(arm, other, seed, weights) for arm in arms)
+    def ratio(self, arms: Sequence[str], other: str, *, seed: int = 0) -> tuple[float, float, float]:
+        """(largest gain of the arms / gain of the other, low, high); see `claims.seeds_and_groups`. Unbounded unless
+        the other's gain is above 0 with its whole interval, for of no gain there are no shares."""
+        size = {"seeds": self.seeds, "groups": self.groups, "seed": seed}
+        effect, low, high = seeds_and_groups(lambda s, w: max(self.share(arm, other, s, w) for arm in arms), **size)
+        certain = seeds_and_groups(partial(self.gain, other), **size)[1] > 0
+        return (effect, low, high) if certain else (effect, -np.inf, np.inf)
 
 
 def plot_accuracy(axis: Axes, rows: pl.DataFrame) -> None:

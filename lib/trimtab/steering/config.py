@@ -96,5 +96,8 @@ class LensConfig:
         for name in ("prompts_read", "items", "latent_items", "top", "random_draws"):
             if getattr(self, name) < 1:
                 raise InputError(f"steering_lens: {name} must be positive, not {getattr(self, name)}.")
-        if not self.latents or min(self.latents) < 1:
-            raise InputError(f"steering_lens: latents must be positive numbers, not {list(self.latents)}.")
+        if 16 not in self.latents or min(self.latents) < 1:
+            raise InputError(
+                f"steering_lens: latents must be positive numbers, 16 among them, which a claim is about, not "
+                f"{list(self.latents)}."
+            )

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -51,6 +51,8 @@ class Kept:
     """Of the vector itself."""
     rebuilt: Mapping[tuple[str, int], Float[np.ndarray, "seeds items"]]
     """By directions and m."""
+    subject: Int[np.ndarray, " items"]
+    """Which subject each item asks about, as a number."""
 
     @property
     def seeds(self) -> int:
@@ -62,14 +64,31 @@ class Kept:
         """Questions."""
         return len(self.base)
 
-    def share(self, m: int, seed: int, weights: Float[np.ndarray, " items"], directions: str = LATENTS) -> float:
-        """The gain that m latents (or random directions) keep of one seed's vector, over the mean gain of all seeds'
-        vectors; 0 where those gained nothing."""
-        gain = (self.rebuilt[directions, m][seed] - self.base) @ weights
-        whole = float(np.mean([(each - self.base) @ weights for each in self.whole]))
-        return float(gain / whole) if whole else 0.0
+    @property
+    def groups(self) -> int:
+        """Subjects: items of one are near relatives."""
+        return int(self.subject.max()) + 1
 
-    def advantage(self, m: int, seed: int, weights: Float[np.ndarray, " items"]) -> float:
+    def gain(self, right: Float[np.ndarray, " items"], weights: Float[np.ndarray, " groups"]) -> float:
+        """Accuracy less that of the untrained model."""
+        by_item = weights[self.subject]
+        return float((right - self.base) @ by_item / by_item.sum())
+
+    def whole_gain(self, seed: int, weights: Float[np.ndarray, " groups"]) -> float:
+        """Of one seed's vector itself."""
+        return self.gain(self.whole[seed], weights)
+
+    def share(self, m: int, seed: int, weights: Float[np.ndarray, " groups"], directions: str = LATENTS) -> float:
+        """One seed's term of the share of the gain that m latents (or random directions) keep: the ratio of the means
+        over seeds, and to first order how this seed moves it; 0 where the vectors gained nothing."""
+        kept = [self.gain(right, weights) for right in self.rebuilt[directions, m]]
+        whole = [self.gain(right, weights) for right in self.whole]
+        if not sum(whole):
+            return 0.0
+        ratio = sum(kept) / sum(whole)
+        return ratio + (kept[seed] - ratio * whole[seed]) / float(np.mean(whole))
+
+    def advantage(self, m: int, seed: int, weights: Float[np.ndarray, " groups"]) -> float:
         """How much more of the gain m latents keep than m random directions."""
         return self.share(m, seed, weights) - self.share(m, seed, weights, RANDOM)
 
@@ -103,7 +122,9 @@ def by_latents(
             explained = float(np.mean([parts[name, s][i].explained for s in vectors]))
             rows.append((name, m, float(np.mean(arrays)), explained))
     table = pl.DataFrame(rows, schema=["directions", "m", "accuracy", "explained"], orient="row")
-    return Kept(table, base, np.array(whole), rebuilt)
+    numbers = {subject: i for i, subject in enumerate(dict.fromkeys(item.subject for item in questions.items))}
+    subjects = np.array([numbers[item.subject] for item in questions.items])
+    return Kept(table, base, np.array(whole), rebuilt, subjects)
 
 
 def right(

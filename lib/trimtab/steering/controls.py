@@ -1,7 +1,7 @@
 """What a gain must be measured against: a constant answer, random vectors, one forced first token."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 import polars as pl
@@ -21,8 +21,11 @@ def constant_answer(train: Questions, held_out: Questions) -> tuple[str, list[fl
 
 
 @torch.no_grad()
-def first_tokens(policy: Policy, prompts: Sequence[Sequence[int]], n: int, batch: int = 64) -> list[int]:
-    """The n tokens with the highest mean probability of beginning a completion."""
+def first_tokens(
+    policy: Policy, prompts: Sequence[Sequence[int]], n: int, barred: Collection[int] = (), batch: int = 64
+) -> list[int]:
+    """The n tokens with the highest mean probability of beginning a completion, `barred` ones left out: a digit, say,
+    which would belong to the prompt and be missing from the answer."""
     total: Float[Tensor, " vocabulary"] | float = 0.0
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
@@ -33,11 +36,12 @@ def first_tokens(policy: Policy, prompts: Sequence[Sequence[int]], n: int, batch
         hidden = policy.hidden(ids.to(policy.device), attend.to(policy.device), positions.to(policy.device))[:, -1]
         total = total + policy.unembedding(hidden).float().softmax(dim=1).sum(dim=0).cpu()
     assert isinstance(total, Tensor)
+    total[list(barred)] = -1.0
     return total.topk(n).indices.tolist()
 
 
 def best_prefix(bench: Bench, policy: Policy, questions: Questions, candidates: Sequence[int]) -> pl.DataFrame:
-    """Accuracy of every candidate as a forced first token on validation items, best first: `token`, `text`,
+    """Accuracy of every candidate as a forced first token of these questions, best first: `token`, `text`,
     `accuracy`."""
     rows = []
     for token in candidates:

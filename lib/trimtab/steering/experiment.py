@@ -48,6 +48,15 @@ class Questions:
         items = task.items(split, n, seed=0)
         return cls(task, items, [chat_prompt(tokenizer, item) for item in items])
 
+    def spread(self, n: int) -> list[int]:
+        """Numbers of n items, the same every time, over all wordings and many subjects."""
+        return sorted(range(len(self.items)), key=lambda i: digest(self.items[i].question))[:n]
+
+    def sample(self, n: int) -> "Questions":
+        """Those n."""
+        chosen = self.spread(n)
+        return replace(self, items=[self.items[i] for i in chosen], prompts=[self.prompts[i] for i in chosen])
+
     def judge(self, i: int, completion: str) -> float:
         """1 where the completion, which must have come to its end, answers item i."""
         return self.task.reward(completion, self.items[i])
@@ -161,7 +170,7 @@ class Bench:
                 policy, held_out.prompts, held_out.judge, self.decode,
                 samples=self.config.samples if name == self.config.reading else 0,
                 max_new_tokens=self.config.read_tokens, temperature=self.config.read_temperature, end=self.end,
-                seed=EVALUATION_SEED, sampled=self.spread(name, self.config.sampled_items),
+                seed=EVALUATION_SEED, sampled=held_out.spread(self.config.sampled_items),
             )  # fmt: skip
             gold = [item.answer for item in held_out.items]
             exactly = [exact(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
@@ -177,15 +186,7 @@ class Bench:
 
     def sample(self, n: int) -> Questions:
         """A sample of n held-out questions of the task that decides."""
-        held_out = self.held_out[self.config.reading]
-        order = self.spread(self.config.reading, n)
-        items, prompts = [held_out.items[i] for i in order], [held_out.prompts[i] for i in order]
-        return replace(held_out, items=items, prompts=prompts)
-
-    def spread(self, task: str, n: int) -> list[int]:
-        """Numbers of n held-out items, the same every time, over all wordings and many subjects."""
-        items = self.held_out[task].items
-        return sorted(range(len(items)), key=lambda i: digest(items[i].question))[:n]
+        return self.held_out[self.config.reading].sample(n)
 
     def right(self, policy: Policy, questions: Questions, prefix: Sequence[int] = (), batch: int = 128) -> list[float]:
         """Whether the greedy completion of each question is right. With a `prefix` the reply is made to begin with

@@ -87,13 +87,16 @@ def token_table(found: analysis.Extremes, tokenizer: PreTrainedTokenizerBase, la
     )
 
 
-def to_others(agreement: Float[Tensor, "layers seeds seeds"]) -> list[float]:
-    """For each seed the mean cosine to the other seeds, over layers; of one seed alone nothing to compare: 0."""
+def agreements(agreement: Float[Tensor, "layers seeds seeds"]) -> list[float]:
+    """Jackknife values, one a seed, of the mean cosine of two seeds' vectors: their mean is that mean, and their spread
+    makes the interval, which pairs, sharing seeds, would make too narrow. Of fewer than three seeds one value alone."""
     seeds = agreement.shape[1]
-    if seeds < 2:
-        return [0.0]
-    whole = agreement.mean(dim=0)
-    return ((whole.sum(dim=1) - whole.diagonal()) / (seeds - 1)).tolist()
+    whole = agreement.mean(dim=0).double()
+    pairs = (whole.sum() - whole.trace()) / max(1, seeds * (seeds - 1))
+    if seeds < 3:
+        return [float(pairs)]
+    without = (whole.sum() - whole.trace() - 2 * (whole.sum(dim=1) - whole.diagonal())) / ((seeds - 1) * (seeds - 2))
+    return (seeds * pairs - (seeds - 1) * without).tolist()
 
 
 def plot_against(axis: Axes, mine: Tensor, random: Tensor, layers: Sequence[int], title: str) -> None:
