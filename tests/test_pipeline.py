@@ -100,7 +100,7 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
         assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
     page = (smoke / "records/README.md").read_text()
-    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 19
+    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 20
 
 
 def test_a_second_repro_runs_nothing(smoke):
