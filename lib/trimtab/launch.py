@@ -1,0 +1,54 @@
+"""Run one function on many jobs: inline, or in processes of their own; what is finished stays finished."""
+
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from trimtab.checkpoint import fingerprint, read_json, write_json
+
+
+def each(
+    function: Callable[..., Any],
+    jobs: Sequence[tuple[Any, ...]],
+    folder: Path,
+    *,
+    workers: int = 1,
+    title: str = "jobs",
+) -> list[Any]:
+    """function(*job) for every job, in their order; results are JSON-able, and kept in `folder`.
+
+    Called again after an interruption, only what is missing is run. With several workers each is a process with an
+    equal share of torch's threads, at least one; `function` must then be importable, or a partial of one that is.
+    """
+    files = [folder / f"{fingerprint(list(job))[:16]}.json" for job in jobs]
+    missing = [i for i, file in enumerate(files) if not file.is_file()]
+    bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc=title, unit="run", mininterval=1)
+
+    def keep(i: int, result: Any) -> None:
+        write_json(files[i], result)
+        bar.update()
+
+    if workers == 1:
+        for i in missing:
+            keep(i, function(*jobs[i]))
+    elif missing:
+        threads = max(1, torch.get_num_threads() // workers)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+            futures = {pool.submit(function, *jobs[i]): i for i in missing}
+            try:
+                for future in as_completed(futures):
+                    keep(futures[future], future.result())
+            except BaseException:
+                pool.shutdown(wait=True, cancel_futures=True)
+                for future, i in futures.items():
+                    if future.done() and not future.cancelled() and not future.exception() and not files[i].is_file():
+                        keep(i, future.result())
+                raise
+    bar.close()
+    return [read_json(file) for file in files]

@@ -1,0 +1,43 @@
+"""One token at a time with a carried state: what a token costs does not depend on how many came before."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from trimtab.rebased.kernels import cpu
+from trimtab.rebased.kernels.naive import EPS
+from trimtab.rebased.kernels.polynomial import Polynomial, expand
+
+
+def empty_state(
+    batch: int, heads: int, d_k: int, d_v: int, polynomial: Polynomial, like: Tensor
+) -> Float[Tensor, "batch heads features d_v_and_1"]:
+    """The state before any token: zeros, in fp32 (fp64 where `like` is)."""
+    dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+    return torch.zeros(batch, heads, polynomial.features(d_k), d_v + 1, dtype=dtype, device=like.device)
+
+
+def step(
+    q: Float[Tensor, "batch heads d_k"],
+    k: Float[Tensor, "batch heads d_k"],
+    v: Float[Tensor, "batch heads d_v"],
+    polynomial: Polynomial,
+    scale: float,
+    state: Float[Tensor, "batch heads features d_v_and_1"],
+    *,
+    eps: float = EPS,
+) -> Float[Tensor, "batch heads d_v"]:
+    """The output for the next token; `state` is changed in place. Without gradients."""
+    batch, heads, _ = q.shape
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        flat = state.view(batch * heads, *state.shape[2:])
+        rows = [x.detach().to(state.dtype).reshape(batch * heads, -1).contiguous() for x in (q, k, v)]
+        if state.device.type == "cpu":
+            out = cpu.step(*rows, flat, polynomial, scale, eps)
+        else:
+            phi_q, phi_k = expand(torch.stack(rows[:2]), polynomial, scale)
+            u = torch.cat([rows[2], torch.ones_like(rows[2][:, :1])], dim=1)
+            flat.baddbmm_(phi_k[:, :, None], u[:, None, :])
+            sums = torch.bmm(phi_q[:, None, :], flat)[:, 0]
+            out = sums[:, :-1] / (sums[:, -1:] + eps)
+    return out.view(batch, heads, -1).to(v.dtype)

@@ -1,0 +1,195 @@
+"""Training on multi-query associative recall, and the grid of runs that compares mixers."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
+from trimtab.errors import InputError
+from trimtab.rebased.model import LanguageModel, ModelConfig
+from trimtab.rebased.mqar import IGNORED, Recall, check_fits, recall
+
+SAVE_EVERY = 60.0
+"""Seconds between checkpoints."""
+TEST_SEED = 1_000_003
+"""Of the held-out rows, which are the same for every run."""
+TOOK_OFF = 0.5
+"""Accuracy from which a run counts as having left the plateau of guessing among the values of its row."""
+
+
+@dataclass(frozen=True)
+class MQARConfig:
+    """Section `mqar`."""
+
+    arms: tuple[str, ...] = ("rebased", "based", "softmax")
+    """Mixers of the second block; the first is a convolution. `conv` alone is the floor."""
+    widths: tuple[int, ...] = (4, 8)
+    """d_k of polynomial attention: the fewer features, the less state for each pair."""
+    vocabulary: int = 512
+    time: int = 64
+    """Tokens of a row."""
+    pairs: int = 16
+    """Keys to be recalled in a row."""
+    d_model: int = 64
+    heads: int = 1
+    steps: int = 1000
+    batch: int = 64
+    """Rows of a step: always new ones."""
+    learning_rates: tuple[float, ...] = (3e-3, 1e-2)
+    """The same for every arm; AdamW, falling to 0 along a cosine after a tenth of the steps."""
+    weight_decay: float = 0.1
+    seeds: tuple[int, ...] = (0, 1, 2)
+    valid_rows: int = 256
+    """By which the rate is chosen."""
+    test_rows: int = 1000
+    """By which it is reported."""
+    readings: int = 8
+    """Validations along a run."""
+
+    def __post_init__(self) -> None:
+        check_fits(self.time, self.pairs, self.vocabulary)
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise InputError(f"mqar: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"mqar: seeds must be distinct integers, not {list(self.seeds)}.")
+        for name in ("steps", "batch", "valid_rows", "test_rows", "readings"):
+            if getattr(self, name) < 1:
+                raise InputError(f"mqar: {name} must be positive, not {getattr(self, name)}.")
+
+    def model(self, arm: str, width: int) -> ModelConfig:
+        """Convolution, then the arm's mixer; learnt positions, no MLP, as in the papers."""
+        mixers = ("conv", "conv") if arm == "conv" else ("conv", arm)
+        return ModelConfig(
+            self.vocabulary, self.d_model, mixers, self.heads, width, positions=self.time, window=self.time
+        )
+
+    def pairs_at(self, step: int) -> int:
+        """Pairs of a step's rows: 4, 8, ... in equal shares of the first half, then all. Rows of many pairs alone leave
+        a model on the plateau of guessing for most of a run."""
+        stages = [n for n in (4, 8, 16, 32, 64, 128) if n < self.pairs] + [self.pairs]
+        return stages[min(len(stages) - 1, 2 * len(stages) * step // (self.steps + 1))]
+
+
+@dataclass(frozen=True)
+class RecallRun:
+    """What one run came to."""
+
+    arm: str
+    width: int
+    learning_rate: float
+    seed: int
+    history: list[dict[str, int | float]]
+    """`step`, `loss` (of training) and `accuracy` (on the validation rows) at each reading."""
+    accuracy: float
+    """On the test rows: share of queries whose likeliest token is the key's value."""
+    state: int
+    """Numbers carried from token to token; 0 for softmax, which carries all."""
+    seconds: float
+
+
+def train_recall(
+    config: MQARConfig,
+    arm: str,
+    width: int,
+    learning_rate: float,
+    seed: int,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+) -> tuple[LanguageModel, RecallRun]:
+    """One run. Interrupted and called again with the same checkpoint file it goes on, to the same weights."""
+    began = time.monotonic()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LanguageModel(config.model(arm, width)).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=learning_rate, fused=True)
+    saved = Checkpoint(checkpoint, [asdict(config), arm, width, learning_rate, seed, device])
+    history, first = [], 0
+    if (found := saved.load()) is not None:
+        model.load_state_dict(resume_training(found[0], optimiser))
+        history, first = found[1]["history"], found[1]["step"]
+    valid = recall(config.valid_rows, config.time, config.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 1))
+    every = max(1, config.steps // config.readings)
+    last_save = time.monotonic()
+    for step in range(first, config.steps):
+        rows = recall(config.batch, config.time, config.pairs_at(step), config.vocabulary, rows_of(seed, step))
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * shape(step, config.steps)
+        loss = recall_loss(model, rows)
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        if (step + 1) % every == 0 or step + 1 == config.steps:
+            accuracy = float(recalled(model, valid).float().mean())
+            history.append({"step": step + 1, "loss": loss.item(), "accuracy": accuracy})
+        if checkpoint is not None and (time.monotonic() - last_save > SAVE_EVERY or step + 1 == config.steps):
+            saved.save(training_tensors(model.state_dict(), optimiser), {"history": history, "step": step + 1})
+            last_save = time.monotonic()
+    test = recall(config.test_rows, config.time, config.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 0))
+    accuracy, seconds = float(recalled(model, test).float().mean()), time.monotonic() - began
+    return model, RecallRun(arm, width, learning_rate, seed, history, accuracy, model.state_size(), seconds)
+
+
+def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices decay; biases, norms and the learnt maps' gamma and beta do not."""
+    kinds: dict[bool, list[Tensor]] = {True: [], False: []}
+    for parameter in model.parameters():
+        kinds[parameter.dim() > 1].append(parameter)
+    return [{"params": kinds[True], "weight_decay": weight_decay}, {"params": kinds[False], "weight_decay": 0.0}]
+
+
+def recall_loss(model: LanguageModel, rows: Recall) -> Tensor:
+    """Mean cross-entropy over queries, whose logits alone are formed."""
+    at = rows.labels != IGNORED
+    device = model.embedding.weight.device
+    hidden = model.hidden(rows.inputs.to(device))[at.to(device)]
+    return F.cross_entropy(model.unembed(hidden), rows.labels[at].to(device))
+
+
+@torch.no_grad()
+def recalled(model: LanguageModel, rows: Recall, batch: int = 256) -> Tensor:
+    """Whether each query's likeliest token is its label: [queries], row after row."""
+    device, found = model.embedding.weight.device, []
+    for inputs, labels in zip(rows.inputs.split(batch), rows.labels.split(batch), strict=True):
+        at = labels != IGNORED
+        hidden = model.hidden(inputs.to(device))[at.to(device)]
+        found.append(model.unembed(hidden).argmax(dim=-1).cpu() == labels[at])
+    return torch.cat(found)
+
+
+def shape(step: int, steps: int, warm_up: float = 0.1) -> float:
+    """Of the learning rate: up along a line, then down to 0 along a cosine."""
+    warm = max(1.0, warm_up * steps)
+    if step < warm:
+        return (step + 1) / warm
+    return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warm) / max(1.0, steps - warm)))))
+
+
+def run_job(config: MQARConfig, device: str, arm: str, width: int, learning_rate: float, seed: int) -> dict[str, Any]:
+    """`train_recall` for `launch.each`: the run as plain numbers."""
+    return asdict(train_recall(config, arm, width, learning_rate, seed, device)[1])
+
+
+def jobs(config: MQARConfig) -> Sequence[tuple[str, int, float, int]]:
+    """(arm, width, learning rate, seed) of the whole grid; softmax and convolutions have no width to vary."""
+    found = []
+    for arm in config.arms:
+        widths = config.widths if arm not in ("softmax", "conv") else config.widths[-1:]
+        found += [
+            (arm, width, rate, seed) for width in widths for rate in config.learning_rates for seed in config.seeds
+        ]
+    return found
+
+
+def rows_of(*numbers: int) -> torch.Generator:
+    """The source of rows for a seed and a step, far from all others."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)

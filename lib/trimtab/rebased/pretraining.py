@@ -1,0 +1,203 @@
+"""Language modelling on real text: training one mixer's model, and its perplexity, recalled tokens and others apart."""
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm import tqdm
+
+from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
+from trimtab.errors import InputError
+from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
+from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
+from trimtab.rebased.text import recalls
+
+ARMS = {
+    "softmax": ("softmax", 0), "based": ("based", 0), "rebased": ("rebased", 0),
+    "based-hybrid": ("based", 2), "rebased-hybrid": ("rebased", 2), "conv": ("conv", 0),
+}  # fmt: skip
+"""What every second block mixes tokens with, and at every how many-th of those a window of softmax stands instead."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Section `pretrain`."""
+
+    vocabulary: int = 2048
+    """Of the tokenizer trained on the corpus."""
+    block_tokens: int = 256
+    """Context."""
+    d_model: int = 128
+    depth: int = 4
+    """Blocks: convolutions and the arm's mixer by turns."""
+    heads: int = 4
+    d_k: int = 16
+    """Width of queries and keys of polynomial attention, per head."""
+    window: int = 32
+    mlp: int = 256
+    tokens: int = 1_000_000
+    """Trained on: the same for every arm, in the same order."""
+    batch: int = 16
+    """Blocks to a step."""
+    learning_rates: tuple[float, ...] = (1e-3, 3e-3)
+    """The same for every arm; AdamW, rising for a tenth of the steps, then falling to 0 along a cosine."""
+    sweep_tokens: int = 250_000
+    """Of a sweep's runs, each with its own whole schedule."""
+    weight_decay: float = 0.1
+    seeds: tuple[int, ...] = (0,)
+    dtype: str = "float32"
+    """What the model computes in: float32, or bfloat16 by autocast; weights and optimiser stay in fp32."""
+    readings: int = 10
+    """Validations along a run."""
+    valid_blocks: int = 64
+
+    def __post_init__(self) -> None:
+        for name in ("block_tokens", "tokens", "batch", "sweep_tokens", "readings", "valid_blocks", "depth"):
+            if getattr(self, name) < 1:
+                raise InputError(f"pretrain: {name} must be positive, not {getattr(self, name)}.")
+        if not self.learning_rates or min(self.learning_rates) <= 0:
+            raise InputError(f"pretrain: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"pretrain: seeds must be distinct integers, not {list(self.seeds)}.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise InputError(f"pretrain: dtype must be float32 or bfloat16, not {self.dtype!r}.")
+
+    def model(self, arm: str) -> ModelConfig:
+        """Raises InputError for an unknown arm."""
+        if arm not in ARMS:
+            raise InputError(f"{arm!r} is not an arm of `pretrain`: write one of {', '.join(ARMS)}.")
+        kind, every = ARMS[arm]
+        mixers = tuple(hybrid(kind, self.depth, window_every=every))
+        return ModelConfig(
+            self.vocabulary, self.d_model, mixers, self.heads, self.d_k, window=self.window, mlp=self.mlp
+        )
+
+
+@dataclass(frozen=True)
+class PretrainRun:
+    """A trained model and its curve."""
+
+    model: LanguageModel
+    history: list[dict[str, int | float]]
+    """`step`, `tokens`, `loss` (of training, mean since the last reading), `valid` (nats a token)."""
+    seconds: float
+
+
+def pretrain(
+    config: PretrainConfig,
+    arm: str,
+    blocks: Int[Tensor, "blocks length_and_1"],
+    valid: Int[Tensor, "valid_blocks length_and_1"],
+    *,
+    learning_rate: float,
+    seed: int,
+    tokens: int | None = None,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+) -> PretrainRun:
+    """One run over `tokens` (default: the configuration's), epoch after epoch without replacement.
+
+    Interrupted and called again with the same checkpoint file it goes on, to the same weights.
+    """
+    began, length = time.monotonic(), blocks.shape[1] - 1
+    steps = max(1, (tokens or config.tokens) // (config.batch * length))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LanguageModel(config.model(arm)).to(device)
+    optimiser = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay), lr=learning_rate, betas=(0.9, 0.95), fused=True
+    )
+    text = hashlib.sha256(blocks.numpy().tobytes() + valid.numpy().tobytes()).hexdigest()
+    saved = Checkpoint(checkpoint, [asdict(config), arm, learning_rate, seed, steps, text, device])
+    history, first = [], 0
+    if (found := saved.load()) is not None:
+        model.load_state_dict(resume_training(found[0], optimiser))
+        history, first = found[1]["history"], found[1]["step"]
+    every, last_save, losses = max(1, steps // config.readings), time.monotonic(), []
+    bar = tqdm(total=steps, initial=first, desc=f"{arm} seed {seed} rate {learning_rate:g}", unit="step", mininterval=1)
+    for step in range(first, steps):
+        rows = blocks[_rows(step, config.batch, len(blocks), seed)].to(device)
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate * shape(step, steps)
+        with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            loss = F.cross_entropy(model(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+        if (step + 1) % every == 0 or step + 1 == steps:
+            held_out = float(token_losses(model, valid, config.dtype).mean())
+            entry = {"step": step + 1, "tokens": (step + 1) * config.batch * length, "loss": sum(losses) / len(losses)}
+            history.append(entry | {"valid": held_out})
+            bar.set_postfix(valid=f"{held_out:.3f}", refresh=False)
+            losses = []
+            if time.monotonic() - last_save > SAVE_EVERY or step + 1 == steps:
+                saved.save(training_tensors(model.state_dict(), optimiser), {"history": history, "step": step + 1})
+                last_save = time.monotonic()
+        bar.update()
+    bar.close()
+    return PretrainRun(model.eval(), history, time.monotonic() - began)
+
+
+@torch.no_grad()
+def token_losses(
+    model: LanguageModel, blocks: Int[Tensor, "blocks length_and_1"], dtype: str = "float32", batch: int = 16
+) -> Float[Tensor, "blocks length"]:
+    """Nats of every prediction of `blocks[:, 1:]`."""
+    device, found = model.embedding.weight.device, []
+    for rows in blocks.split(batch):
+        with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16"):
+            logits = model(rows[:, :-1].to(device)).float()
+        found.append(F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].to(device).flatten(), reduction="none").cpu())
+    return torch.cat(found).view(len(blocks), -1)
+
+
+def reading(losses: Float[Tensor, "blocks length"], blocks: Int[Tensor, "blocks length_and_1"]) -> dict[str, float]:
+    """Perplexity of all predictions, of those that could be recalled (`text.recalls`) and of the others."""
+    recalled = recalls(blocks)
+    parts = {"overall": losses, "recalled": losses[recalled], "others": losses[~recalled]}
+    return {name: math.exp(float(part.mean())) for name, part in parts.items()} | {
+        "share_recalled": float(recalled.float().mean())
+    }
+
+
+def by_position(losses: Float[Tensor, "blocks length"], bins: int = 16) -> pl.DataFrame:
+    """Mean loss by place in the context: columns `position` (middle of a bin) and `nats`."""
+    parts = losses.mean(dim=0).tensor_split(min(bins, losses.shape[1]))
+    starts = [0]
+    for part in parts:
+        starts.append(starts[-1] + len(part))
+    middles = [(a + b) / 2 for a, b in pairwise(starts)]
+    return pl.DataFrame({"position": middles, "nats": [float(part.mean()) for part in parts]})
+
+
+def sweep(run: Callable[[float], PretrainRun], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
+    """(the rate of least validation loss at the end, that loss by rate)."""
+    found = {rate: run(rate).history[-1]["valid"] for rate in rates}
+    finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
+    if not finite:
+        raise InputError(f"No learning rate of {list(rates)} trains: lower them.")
+    return min(finite, key=lambda rate: finite[rate]), found
+
+
+def _rows(step: int, size: int, total: int, seed: int) -> list[int]:
+    """Which blocks a step takes: each once an epoch, in an order of its own."""
+    chosen: list[int] = []
+    orders: dict[int, Any] = {}
+    for place in range(step * size, (step + 1) * size):
+        epoch, within = divmod(place, total)
+        if epoch not in orders:
+            orders[epoch] = torch.randperm(total, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
+        chosen.append(int(orders[epoch][within]))
+    return chosen

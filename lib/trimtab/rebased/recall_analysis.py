@@ -1,0 +1,180 @@
+"""What the grid of recall runs says, and what a trained mixer looks at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from matplotlib.axes import Axes
+from torch import Tensor
+
+from trimtab.errors import InputError
+from trimtab.plots import COLOURS
+from trimtab.rebased.mixers import PolynomialAttention
+from trimtab.rebased.model import LanguageModel
+from trimtab.rebased.mqar import IGNORED, Recall
+from trimtab.rebased.mqar_training import TOOK_OFF
+
+
+def table_of(runs: Sequence[dict[str, Any]]) -> pl.DataFrame:
+    """A row for each run: `arm`, `width`, `learning_rate`, `seed`, `valid` (the last validation's accuracy),
+    `accuracy` (on the test rows), `state`, `seconds`."""
+    rows = [{**run, "valid": run["history"][-1]["accuracy"]} for run in runs]
+    return pl.DataFrame(rows).drop("history")
+
+
+def chosen(runs: pl.DataFrame) -> pl.DataFrame:
+    """The runs of each arm and width at its best rate: that of the highest mean validation accuracy over seeds, the
+    lowest of equals."""
+    cell = ["arm", "width"]
+    rates = runs.group_by(*cell, "learning_rate", maintain_order=True).agg(pl.col("valid").mean())
+    best = rates.sort("valid", "learning_rate", descending=[True, False]).group_by(cell, maintain_order=True).first()
+    kept = runs.join(best.select(*cell, "learning_rate"), on=[*cell, "learning_rate"], maintain_order="left")
+    return kept.sort(*cell, "seed", maintain_order=True)
+
+
+def summary(runs: pl.DataFrame) -> pl.DataFrame:
+    """A row for each arm and width at its best rate: mean, least and greatest accuracy over seeds, the share of seeds
+    that left the plateau, and the state carried."""
+    return (
+        chosen(runs)
+        .group_by("arm", "width", maintain_order=True)
+        .agg(
+            pl.col("learning_rate").first(),
+            pl.col("state").first(),
+            pl.col("accuracy").mean(),
+            pl.col("accuracy").min().alias("least"),
+            pl.col("accuracy").max().alias("greatest"),
+            (pl.col("accuracy") >= TOOK_OFF).mean().alias("took_off"),
+            pl.col("seconds").mean(),
+        )
+    )
+
+
+def accuracies(runs: pl.DataFrame, arm: str, width: int) -> Float[np.ndarray, " seeds"]:
+    """Of an arm's seeds in a cell, at its best rate. Raises InputError where the cell was not run."""
+    found = chosen(runs).filter((pl.col("arm") == arm) & (pl.col("width") == width))["accuracy"].to_numpy()
+    if not len(found):
+        raise InputError(f"The grid holds no run of {arm} with d_k = {width}.")
+    return found
+
+
+def plot_accuracy(axis: Axes, runs: pl.DataFrame, pairs: int) -> None:
+    """Accuracy against numbers of state for each pair, a point a seed at the best rate; without a state a line."""
+    best = chosen(runs)
+    for colour, arm in zip(COLOURS, best["arm"].unique(maintain_order=True), strict=False):
+        rows = best.filter(pl.col("arm") == arm)
+        if rows["state"].max() == 0:
+            axis.axhline(rows["accuracy"].mean(), color=colour, linestyle="--", linewidth=1.2, label=arm)
+            continue
+        means = rows.group_by("state", maintain_order=True).agg(pl.col("accuracy").mean()).sort("state")
+        axis.plot(means["state"] / pairs, means["accuracy"], color=colour, linewidth=1.4, label=arm)
+        axis.scatter(rows["state"] / pairs, rows["accuracy"], color=colour, s=16, zorder=3)
+    axis.set(xlabel="numbers of state for each pair", ylabel="accuracy on held-out rows", ylim=(0, 1.02), xscale="log")
+    axis.legend(fontsize=8)
+
+
+def plot_curves(axis: Axes, runs: pl.DataFrame, histories: Sequence[dict[str, Any]], width: int) -> None:
+    """Validation accuracy along the runs of one width (of softmax and convolutions: their only one), each arm's at its
+    best rate, a thin line a seed."""
+    best = chosen(runs)
+    kept = {(r["arm"], r["width"], r["learning_rate"], r["seed"]) for r in best.to_dicts()}
+    arms = best["arm"].unique(maintain_order=True).to_list()
+    for run in histories:
+        key = (run["arm"], run["width"], run["learning_rate"], run["seed"])
+        if key in kept and (run["width"] == width or run["state"] == 0):
+            curve = pl.DataFrame(run["history"])
+            colour = COLOURS[arms.index(run["arm"]) % len(COLOURS)]
+            axis.plot(curve["step"], curve["accuracy"], color=colour, linewidth=0.9, alpha=0.8)
+    axis.set(xlabel="step", ylabel=f"validation accuracy, d_k = {width}", ylim=(0, 1.02))
+
+
+def fresh(mixer: PolynomialAttention, arm: str = "rebased") -> PolynomialAttention:
+    """The same attention as it starts, or another arm's."""
+    width = mixer.q.in_features
+    return PolynomialAttention(width, mixer.heads, mixer.d_k, mixer.d_v, arm)
+
+
+def plot_shapes(axis: Axes, mixers: dict[str, PolynomialAttention]) -> None:
+    """`kernel_shape` of each, with quartiles."""
+    for colour, (name, mixer) in zip(COLOURS, mixers.items(), strict=False):
+        table = kernel_shape(mixer)
+        axis.plot(table["cosine"], table["median"], color=colour, label=name)
+        axis.fill_between(table["cosine"], table["low"], table["high"], color=colour, alpha=0.15)
+    axis.set(xlabel="cosine of query and key", ylabel="weight, over that at cosine 1", ylim=(0, None))
+    axis.legend(fontsize=8)
+
+
+def plot_map(axis: Axes, attention: Float[Tensor, "time time"], rows: Recall, row: int = 0) -> None:
+    """Where the queries of one row look: a line for each query, a ring where its answer stands."""
+    asked = (rows.labels[row] != IGNORED).nonzero()[:, 0].tolist()
+    told = 2 * len(asked)
+    axis.imshow(attention[asked][:, :told], cmap="Blues", aspect="auto", vmin=0)
+    for i, time in enumerate(asked):
+        answer = int((rows.inputs[row] == rows.labels[row, time]).nonzero()[0])
+        axis.plot(answer, i, "o", markerfacecolor="none", markeredgecolor=COLOURS[5], markersize=7)
+    axis.set(xlabel="token looked at (keys even, values odd)", ylabel="query")
+    axis.grid(visible=False)
+
+
+@torch.no_grad()
+def attention_map(model: LanguageModel, rows: Recall) -> Float[Tensor, "rows heads time time"]:
+    """Weights of the last polynomial attention, each query's divided by their sum."""
+    mixers = [block for block in model.blocks if isinstance(block.mixer, PolynomialAttention)]
+    if not mixers:
+        raise InputError("The model has no polynomial attention to look at.")
+    mixer, seen = mixers[-1].mixer, []
+    handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        model.hidden(rows.inputs)
+    finally:
+        handle.remove()
+    q = mixer.mapped(mixer.q(seen[0]), mixer.gamma_q, mixer.beta_q)
+    k = mixer.mapped(mixer.k(seen[0]), mixer.gamma_k, mixer.beta_k)
+    weights = mixer.polynomial(torch.einsum("bihd,bjhd->bhij", q, k) * mixer.d_k**-0.5).tril()
+    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+
+
+def overlap(attention: Float[Tensor, "rows heads time time"], rows: Recall) -> float:
+    """Intersection over union of where queries look and where their answer stands, mean over queries: a query looks
+    where its weight, in any head, is at least half of its greatest; the answer stands at the value's place."""
+    found = []
+    for row, time in (rows.labels != IGNORED).nonzero().tolist():
+        weights = attention[row, :, time].amax(dim=0)
+        looked = weights >= weights.max() / 2
+        answer = int((rows.inputs[row] == rows.labels[row, time]).nonzero()[0])
+        found.append(float(looked[answer]) / float(looked.sum() + (not looked[answer])))
+    return float(np.mean(found))
+
+
+@torch.no_grad()
+def kernel_shape(mixer: PolynomialAttention, draws: int = 2000, *, seed: int = 0) -> pl.DataFrame:
+    """How a token's weight depends on the cosine of raw query and key: columns `cosine`, `median`, `low`, `high`
+    (quartiles over random directions of all heads), each divided by the median at cosine 1.
+
+    Raw queries and keys have norm sqrt(d_k), as after a norm; the learnt map, where there is one, is applied.
+    """
+    generator, width = torch.Generator().manual_seed(seed), mixer.heads * mixer.d_k
+    scale = mixer.d_k**0.5
+
+    def directions() -> Tensor:
+        drawn = torch.randn(draws, mixer.heads, mixer.d_k, generator=generator)
+        return F.normalize(drawn, dim=-1)
+
+    first, rows = directions(), []
+    second = directions()
+    second = F.normalize(second - (second * first).sum(-1, keepdim=True) * first, dim=-1)  # at right angles
+    gammas = [(mixer.gamma_q, mixer.beta_q), (mixer.gamma_k, mixer.beta_k)]
+    for cosine in torch.linspace(-1, 1, 41).tolist():
+        raw = (scale * first, scale * (cosine * first + (1 - cosine**2) ** 0.5 * second))
+        q, k = (
+            (x.reshape(draws, width) * (1 if g is None else g) + (0 if b is None else b)).view_as(x)
+            for x, (g, b) in zip(raw, gammas, strict=True)
+        )
+        weights = mixer.polynomial((q * k).sum(-1) * mixer.d_k**-0.5).flatten()
+        rows.append((cosine, *weights.quantile(torch.tensor([0.5, 0.25, 0.75])).tolist()))
+    table = pl.DataFrame(rows, schema=["cosine", "median", "low", "high"], orient="row")
+    return table.with_columns(pl.col("median", "low", "high") / table["median"][-1])
