@@ -38,7 +38,7 @@ def interrupted(monkeypatch, module, after):
 
 class TestRecall:
     def test_a_model_learns_it(self):
-        config = replace(SMALL, steps=300, batch=32, learning_rates=(1e-2,), test_rows=100)
+        config = replace(SMALL, steps=900, batch=32, learning_rates=(1e-2,), test_rows=100)
         _, run = train_recall(config, "softmax", 4, 1e-2, seed=0)
         assert run.accuracy > 0.9
         assert run.history[-1]["accuracy"] > run.history[0]["accuracy"]

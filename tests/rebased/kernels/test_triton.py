@@ -37,7 +37,7 @@ def compare(q, k, v, state, polynomial, **options):
 
 
 @pytest.mark.parametrize("name", POLYNOMIALS)
-@pytest.mark.parametrize("size", [(1, 2, 1, 1, 1), (2, 33, 2, 5, 9), (1, 100, 1, 16, 20)], ids=str)
+@pytest.mark.parametrize("size", [(1, 3, 1, 2, 2), (2, 33, 2, 5, 9), (1, 100, 1, 16, 20)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
 def test_values_states_and_gradients(name, size, causal):
     q, k, v = problem(*size, dtype=torch.float32)
