@@ -16,10 +16,11 @@ def test_a_fetched_folder_gives_the_same_logits_and_says_where_it_came_from(mode
     described = fetch_model(str(model_folder), tmp_path / "copy")
     ids = torch.arange(2, 30)[None]
     with torch.inference_mode():
+        loaded, want = load_model(tmp_path / "copy"), tiny_llama.state_dict()
+        assert loaded.state_dict().keys() == want.keys()
+        assert all(torch.equal(tensor, want[name]) for name, tensor in loaded.state_dict().items())
         # To rounding: where tensors lie in memory decides in which order a product's terms are added.
-        torch.testing.assert_close(
-            load_model(tmp_path / "copy")(ids).logits, tiny_llama(ids).logits, rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(loaded(ids).logits, tiny_llama(ids).logits, rtol=1e-5, atol=1e-6)
     assert described == model_source(tmp_path / "copy")
     assert described.source == str(model_folder)
     assert load_tokenizer(tmp_path / "copy")("abc")["input_ids"] == load_tokenizer(model_folder)("abc")["input_ids"]
