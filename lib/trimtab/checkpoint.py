@@ -17,7 +17,8 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, no_grad
+from torch.optim import Optimizer
 
 from trimtab.errors import InputError
 
@@ -129,6 +130,28 @@ class Checkpoint:
         if metadata.get("identity") != self.identity:
             return None
         return tensors, json.loads(metadata["record"])
+
+
+def training_tensors(model: Mapping[str, Tensor], optimiser: Optimizer) -> dict[str, Tensor]:
+    """A model's tensors and its optimiser's state under flat names, as `Checkpoint.save` takes them."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.items()}
+    for index, slots in optimiser.state_dict()["state"].items():
+        tensors |= {f"optimiser.{index}.{slot}": tensor for slot, tensor in slots.items()}
+    return tensors
+
+
+@no_grad()
+def resume_training(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], optimiser: Optimizer) -> None:
+    """Give the model's tensors, in place, and the optimiser what `training_tensors` took. Raises KeyError for a tensor
+    of the model that is not there."""
+    slots: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimiser."):
+            _, index, slot = name.split(".")
+            slots.setdefault(int(index), {})[slot] = tensor
+    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
+    for name, tensor in model.items():
+        tensor.copy_(tensors[f"model.{name}"])
 
 
 def _flush(path: Path) -> None:
