@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, no_grad
 from torch.optim import Optimizer
 
 from trimtab.errors import InputError
@@ -140,15 +140,18 @@ def training_tensors(model: Mapping[str, Tensor], optimiser: Optimizer) -> dict[
     return tensors
 
 
-def resume_training(tensors: Mapping[str, Tensor], optimiser: Optimizer) -> dict[str, Tensor]:
-    """Give the optimiser its state of `training_tensors` back. Returns the model's tensors."""
+@no_grad()
+def resume_training(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], optimiser: Optimizer) -> None:
+    """Give the model's tensors, in place, and the optimiser what `training_tensors` took. Raises KeyError for a tensor
+    of the model that is not there."""
     slots: dict[int, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name.startswith("optimiser."):
             _, index, slot = name.split(".")
             slots.setdefault(int(index), {})[slot] = tensor
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
-    return {name.removeprefix("model."): tensor for name, tensor in tensors.items() if name.startswith("model.")}
+    for name, tensor in model.items():
+        tensor.copy_(tensors[f"model.{name}"])
 
 
 def _flush(path: Path) -> None:

@@ -46,6 +46,16 @@ def reconstruct(sae: SAE, k: int | None = None) -> torch.Tensor:
     return sae.decode(sae.encode(inputs(sae.d_model), k))
 
 
+def untied(sae: SAE, k: int) -> torch.Tensor:
+    """Rows of the inputs whose k-th and next latents are further apart than rounding: of the others (one of 200, at 64
+    of 4096 latents) another order of summation keeps another latent."""
+    pre = inputs(sae.d_model).double() @ sae.W_enc.double().T + sae.b_enc.double()
+    top = pre.topk(k + 1).values
+    rows = top[:, -2] - top[:, -1] > 1e-5
+    assert rows.float().mean() > 0.97
+    return rows
+
+
 def rewrite(folder: Path, **changes: object) -> None:
     config = json.loads((folder / "cfg.json").read_text()) | changes
     (folder / "cfg.json").write_text(json.dumps(config))
@@ -85,13 +95,16 @@ class TestAgainstTheLibraries:
         torch.testing.assert_close(exchanged[1]["jumprelu"], reconstruct(random_sae(jump=True)), **TOLERANCE)
 
     def test_saelens_reads_an_sae_of_a_real_shape(self, exchanged):
-        torch.testing.assert_close(exchanged[1]["real-shape"], reconstruct(random_sae(576, 4096, 64), 32), **TOLERANCE)
+        sae = random_sae(576, 4096, 64)
+        rows = untied(sae, 32)
+        torch.testing.assert_close(exchanged[1]["real-shape"][rows], reconstruct(sae, 32)[rows], **TOLERANCE)
 
     @pytest.mark.parametrize("name", IMPORTS)
     def test_what_they_saved_reconstructs_as_theirs(self, exchanged, name):
         folder, outputs = exchanged
         sae = IMPORTS[name](folder / "imports" / name)
-        torch.testing.assert_close(reconstruct(sae), outputs[name], **TOLERANCE)
+        rows = slice(None) if sae.log_threshold is not None else untied(sae, sae.k)
+        torch.testing.assert_close(reconstruct(sae)[rows], outputs[name][rows], **TOLERANCE)
         assert sae.k == (64 if name.endswith(("real-shape", "jumprelu")) else 5)
 
     def test_the_threshold_of_a_topk_sae_is_kept(self, exchanged):

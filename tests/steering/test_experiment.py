@@ -249,7 +249,8 @@ class TestContributions:
         rows = {(name, m): explained for name, m, _, explained in kept.table.iter_rows()}
         assert rows[contributions.LATENTS, 2] == pytest.approx(1, abs=1e-4)
         assert rows[contributions.RANDOM, 2] < 0.99
-        assert np.array_equal(kept.rebuilt[contributions.LATENTS, 16], kept.whole)
+        of = kept.right.arms
+        assert np.array_equal(of[contributions.rebuilt(contributions.LATENTS, 16)], of[contributions.VECTOR])
 
 
 class TestComparison:
@@ -282,6 +283,8 @@ class TestComparison:
         assert right.gain("steering", 0, np.array([0.0, 4.0, 0.0, 0.0])) == pytest.approx(1.0)
         assert right.ratio(["base", "steering"], "full")[0] == pytest.approx(2 / 3)
         assert right.ratio(["full"], "full") == pytest.approx((1, 1, 1))
+        assert right.ratio(["full"], "full", less="steering")[0] == pytest.approx(1 / 3)
+        assert right.interval("steering")[0] == pytest.approx(1 / 2)
         assert right.ratio(["full"], "base")[1:] == (-np.inf, np.inf), "of no gain there are no shares"
         assert right.accuracy("full") == pytest.approx(14 / 16)
 

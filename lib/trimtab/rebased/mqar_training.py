@@ -111,7 +111,7 @@ def train_recall(
     saved = Checkpoint(checkpoint, [asdict(config), arm, width, learning_rate, seed, device])
     history, first = [], 0
     if (found := saved.load()) is not None:
-        model.load_state_dict(resume_training(found[0], optimiser))
+        resume_training(found[0], model.state_dict(), optimiser)
         history, first = found[1]["history"], found[1]["step"]
     valid = recall(config.valid_rows, config.time, config.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 1))
     every = max(1, config.steps // config.readings)

@@ -121,7 +121,7 @@ def pretrain(
     saved = Checkpoint(checkpoint, [asdict(config), arm, learning_rate, seed, steps, text, device])
     history, first = [], 0
     if (found := saved.load()) is not None:
-        model.load_state_dict(resume_training(found[0], optimiser))
+        resume_training(found[0], model.state_dict(), optimiser)
         history, first = found[1]["history"], found[1]["step"]
     every, last_save, losses = max(1, steps // config.readings), time.monotonic(), []
     bar = tqdm(total=steps, initial=first, desc=f"{arm} seed {seed} rate {learning_rate:g}", unit="step", mininterval=1)

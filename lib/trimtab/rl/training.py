@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from trimtab.checkpoint import Checkpoint
+from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.rl.advantages import ESTIMATORS, informative
 from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
@@ -84,7 +84,13 @@ def train(
     optimiser = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     machine = [str(policy.device), torch.get_num_threads()]
     saved = Checkpoint(checkpoint, [asdict(config), learning_rate, seed, len(prompts), machine, identity])
-    history, baseline = _restore(saved, policy, optimiser)
+    history: list[Update] = []
+    baseline = 0.0
+    if (found := saved.load()) is not None:
+        tensors, record = found
+        resume_training(tensors, policy.trained, optimiser)
+        policy.publish()
+        history, baseline = [Update(**entry) for entry in record["history"]], record["baseline"]
     last = config.updates if until is None else min(until, config.updates)
     bar = tqdm(total=last, initial=len(history), desc=title, unit="update", mininterval=1)
     last_save = time.monotonic()
@@ -118,7 +124,8 @@ def train(
         if worth is not None and not worth(history):
             break
         if checkpoint is not None and (number == last or time.monotonic() - last_save > SAVE_EVERY):
-            _save(saved, policy, optimiser, history, baseline)
+            record = {"history": [asdict(update) for update in history], "baseline": baseline}
+            saved.save(training_tensors(policy.trained, optimiser), record)
             last_save = time.monotonic()
     bar.close()
     slots = [slot for each in optimiser.state.values() for slot in each.values() if isinstance(slot, Tensor)]
@@ -188,30 +195,3 @@ def batch_of(number: int, size: int, total: int, seed: int) -> list[int]:
 def _mix(seed: int, number: int) -> int:
     """A seed for one purpose, far from its neighbours."""
     return (seed * 1_000_003 + number * 7_919 + 2**40) % 2**63
-
-
-def _save(
-    saved: Checkpoint, policy: Policy, optimiser: torch.optim.Optimizer, history: list[Update], baseline: float
-) -> None:
-    tensors = {f"policy.{name}": tensor for name, tensor in policy.trained.items()}
-    for index, slots in optimiser.state_dict()["state"].items():
-        tensors |= {f"adam.{index}.{slot}": tensor for slot, tensor in slots.items()}
-    saved.save(tensors, {"history": [asdict(update) for update in history], "baseline": baseline})
-
-
-@torch.no_grad()
-def _restore(saved: Checkpoint, policy: Policy, optimiser: torch.optim.Optimizer) -> tuple[list[Update], float]:
-    found = saved.load()
-    if found is None:
-        return [], 0.0
-    tensors, record = found
-    for name, parameter in policy.trained.items():
-        parameter.copy_(tensors[f"policy.{name}"])
-    slots: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name.startswith("adam."):
-            _, index, slot = name.split(".")
-            slots.setdefault(int(index), {})[slot] = tensor
-    optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
-    policy.publish()
-    return [Update(**entry) for entry in record["history"]], record["baseline"]

@@ -66,10 +66,14 @@ class Correct:
     not trained has the same answers for every seed."""
 
     arms: Mapping[str, Float[np.ndarray, "seeds items"]]
-    """The untrained model first."""
-    seeds: int
+    """The untrained model among them, as `BASE`."""
     subject: Int[np.ndarray, " items"]
     """Which subject each item asks about, as a number: the unit that is resampled."""
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds."""
+        return len(self.arms[BASE])
 
     @property
     def items(self) -> int:
@@ -96,10 +100,15 @@ class Correct:
         for name, array in arrays.items():
             if array.shape not in ((1, items), (seeds, items)):
                 raise InputError(f"{name} was not read with the seeds and items of the others.")
-        first = chosen.filter(pl.col("arm") == BASE)["subject"].to_list()
-        numbers = {subject: i for i, subject in enumerate(dict.fromkeys(first))}
-        repeated = {name: np.repeat(a, seeds // len(a), axis=0) for name, a in arrays.items()}
-        return cls(repeated, seeds, np.array([numbers[subject] for subject in first]))
+        return cls.read(arrays, chosen.filter(pl.col("arm") == BASE)["subject"].to_list())
+
+    @classmethod
+    def read(cls, arms: Mapping[str, Float[np.ndarray, "_ items"]], subjects: Sequence[str]) -> "Correct":
+        """From right answers, a row for each seed or one for all, and the subject of each item."""
+        seeds = max(len(array) for array in arms.values())
+        numbers = {subject: i for i, subject in enumerate(dict.fromkeys(subjects))}
+        repeated = {name: np.repeat(array, seeds // len(array), axis=0) for name, array in arms.items()}
+        return cls(repeated, np.array([numbers[subject] for subject in subjects]))
 
     def accuracy(self, arm: str) -> float:
         """Share of right answers, over seeds and items."""
@@ -120,13 +129,23 @@ class Correct:
         ratio = mine / whole
         return float(ratio + (self.gain(arm, seed, weights) - ratio * self.gain(other, seed, weights)) / whole)
 
-    def ratio(self, arms: Sequence[str], other: str, *, seed: int = 0) -> tuple[float, float, float]:
-        """(largest gain of the arms / gain of the other, low, high); see `claims.seeds_and_groups`. Unbounded unless
-        the other's gain is above 0 with its whole interval, for of no gain there are no shares."""
-        size = {"seeds": self.seeds, "groups": self.groups, "seed": seed}
-        effect, low, high = seeds_and_groups(lambda s, w: max(self.share(arm, other, s, w) for arm in arms), **size)
-        certain = seeds_and_groups(partial(self.gain, other), **size)[1] > 0
-        return (effect, low, high) if certain else (effect, -np.inf, np.inf)
+    def interval(self, arm: str, *, seed: int = 0) -> tuple[float, float, float]:
+        """(gain of the arm, low, high); see `claims.seeds_and_groups`."""
+        return seeds_and_groups(partial(self.gain, arm), seeds=self.seeds, groups=self.groups, seed=seed)
+
+    def ratio(
+        self, arms: Sequence[str], other: str, *, less: str | None = None, seed: int = 0
+    ) -> tuple[float, float, float]:
+        """(largest gain of the arms / gain of the other, low, high), or what that share is above the share of the arm
+        `less`. Unbounded unless the other's gain is above 0 with its whole interval, for of no gain there are no
+        shares."""
+
+        def share(s: int, weights: Weights) -> float:
+            most = max(self.share(arm, other, s, weights) for arm in arms)
+            return most - (0.0 if less is None else self.share(less, other, s, weights))
+
+        effect, low, high = seeds_and_groups(share, seeds=self.seeds, groups=self.groups, seed=seed)
+        return (effect, low, high) if self.interval(other, seed=seed)[1] > 0 else (effect, -np.inf, np.inf)
 
 
 def plot_accuracy(axis: Axes, rows: pl.DataFrame) -> None:

@@ -8,12 +8,13 @@ import numpy as np
 import polars as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.rl.policy import Policy
 from trimtab.steering.analysis import decompose
+from trimtab.steering.comparison import BASE, Correct
 from trimtab.steering.experiment import Bench, Questions
 from trimtab.steering.vectors import SteeringVectors
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 LATENTS, RANDOM = "SAE latents", "random directions"
+VECTOR = "vector"
 
 
 def by_layer(
@@ -45,52 +47,13 @@ class Kept:
 
     table: pl.DataFrame
     """Columns `directions` (SAE latents or random ones), `m`, `accuracy` and `explained`, means over seeds."""
-    base: Float[np.ndarray, " items"]
-    """Right answers of the untrained model."""
-    whole: Float[np.ndarray, "seeds items"]
-    """Of the vector itself."""
-    rebuilt: Mapping[tuple[str, int], Float[np.ndarray, "seeds items"]]
-    """By directions and m."""
-    subject: Int[np.ndarray, " items"]
-    """Which subject each item asks about, as a number."""
+    right: Correct
+    """Of the untrained model, of the `VECTOR` itself, and of what was `rebuilt` from m directions."""
 
-    @property
-    def seeds(self) -> int:
-        """Training seeds."""
-        return len(self.whole)
 
-    @property
-    def items(self) -> int:
-        """Questions."""
-        return len(self.base)
-
-    @property
-    def groups(self) -> int:
-        """Subjects: items of one are near relatives."""
-        return int(self.subject.max()) + 1
-
-    def gain(self, right: Float[np.ndarray, " items"], weights: Float[np.ndarray, " groups"]) -> float:
-        """Accuracy less that of the untrained model."""
-        by_item = weights[self.subject]
-        return float((right - self.base) @ by_item / by_item.sum())
-
-    def whole_gain(self, seed: int, weights: Float[np.ndarray, " groups"]) -> float:
-        """Of one seed's vector itself."""
-        return self.gain(self.whole[seed], weights)
-
-    def share(self, m: int, seed: int, weights: Float[np.ndarray, " groups"], directions: str = LATENTS) -> float:
-        """One seed's term of the share of the gain that m latents (or random directions) keep: the ratio of the means
-        over seeds, and to first order how this seed moves it; 0 where the vectors gained nothing."""
-        kept = [self.gain(right, weights) for right in self.rebuilt[directions, m]]
-        whole = [self.gain(right, weights) for right in self.whole]
-        if not sum(whole):
-            return 0.0
-        ratio = sum(kept) / sum(whole)
-        return ratio + (kept[seed] - ratio * whole[seed]) / float(np.mean(whole))
-
-    def advantage(self, m: int, seed: int, weights: Float[np.ndarray, " groups"]) -> float:
-        """How much more of the gain m latents keep than m random directions."""
-        return self.share(m, seed, weights) - self.share(m, seed, weights, RANDOM)
+def rebuilt(directions: str, m: int) -> str:
+    """What the vector rebuilt from m of these directions is called in `Kept.right`."""
+    return f"{m} {directions}"
 
 
 def by_latents(
@@ -107,24 +70,24 @@ def by_latents(
     pursuit, and from m of as many random unit directions; read each greedily in the vector's place."""
     generator = torch.Generator().manual_seed(seed)
     random = F.normalize(torch.randn(directions.shape, generator=generator), dim=1)
-    base = np.array(bench.right(Policy(wrapped, {}), questions))
-    rebuilt, rows = {}, []
+    arms = {BASE: np.array([bench.right(Policy(wrapped, {}), questions)])}
+    arms[VECTOR] = np.array(
+        [right(bench, wrapped, v.layers, v.vectors().detach(), questions) for v in vectors.values()]
+    )
     parts = {(name, s): decompose(v.vectors()[0], d, budgets)
              for s, v in vectors.items() for name, d in ((LATENTS, directions), (RANDOM, random))}  # fmt: skip
-    whole = [right(bench, wrapped, v.layers, v.vectors().detach(), questions) for v in vectors.values()]
+    rows = []
     for name in (LATENTS, RANDOM):
         for i, m in enumerate(budgets):
             arrays = [
                 right(bench, wrapped, made.layers, parts[name, s][i].reconstruction[None], questions)
                 for s, made in vectors.items()
             ]
-            rebuilt[name, m] = np.array(arrays)
+            arms[rebuilt(name, m)] = np.array(arrays)
             explained = float(np.mean([parts[name, s][i].explained for s in vectors]))
             rows.append((name, m, float(np.mean(arrays)), explained))
     table = pl.DataFrame(rows, schema=["directions", "m", "accuracy", "explained"], orient="row")
-    numbers = {subject: i for i, subject in enumerate(dict.fromkeys(item.subject for item in questions.items))}
-    subjects = np.array([numbers[item.subject] for item in questions.items])
-    return Kept(table, base, np.array(whole), rebuilt, subjects)
+    return Kept(table, Correct.read(arms, [item.subject for item in questions.items]))
 
 
 def right(

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from trimtab.interventions import capture, device_of
 from trimtab.plots import COLOURS
 from trimtab.steering import analysis
-from trimtab.steering.contributions import LATENTS, RANDOM, Kept
+from trimtab.steering.comparison import BASE
+from trimtab.steering.contributions import LATENTS, RANDOM, VECTOR, Kept
 from trimtab.steering.figures import shown
 
 if TYPE_CHECKING:
@@ -126,8 +127,8 @@ def plot_latents(accuracy: Axes, explained: Axes, kept: Kept) -> None:
         rows = kept.table.filter(pl.col("directions") == name).sort("m")
         accuracy.plot(rows["m"], rows["accuracy"], "o-", color=colour, markersize=4, label=name)
         explained.plot(rows["m"], rows["explained"], "o-", color=colour, markersize=4, label=name)
-    accuracy.axhline(float(kept.base.mean()), color=COLOURS[6], linestyle="--", label="untrained model")
-    accuracy.axhline(float(kept.whole.mean()), color="black", linestyle=":", label="the vector itself")
+    accuracy.axhline(kept.right.accuracy(BASE), color=COLOURS[6], linestyle="--", label="untrained model")
+    accuracy.axhline(kept.right.accuracy(VECTOR), color="black", linestyle=":", label="the vector itself")
     ticks = sorted(set(kept.table["m"]))
     for axis, label in ((accuracy, "greedy accuracy"), (explained, "share of the vector explained")):
         axis.set(xscale="log", xlabel="directions that the vector is rebuilt from", ylabel=label, ylim=(0, 1))
