@@ -17,6 +17,9 @@ from trimtab.corpus import CorpusConfig
 from trimtab.pipeline.fetch import FetchConfig
 from trimtab.pipeline.parameters import collect, declared_parameters
 from trimtab.pipeline.scales import compose
+from trimtab.rebased.mqar_training import MQARConfig
+from trimtab.rebased.pretraining import PretrainConfig
+from trimtab.rebased.text import TextConfig
 from trimtab.sae import SAEConfig
 from trimtab.sae.interpretability import InterpretConfig
 from trimtab.sae.probing import ProbeConfig
@@ -39,6 +42,9 @@ CONFIGURATIONS = {
     "steering": SteeringConfig,
     "steering_controls": ControlsConfig,
     "steering_lens": LensConfig,
+    "mqar": MQARConfig,
+    "pretrain_text": TextConfig,
+    "pretrain": PretrainConfig,
 }
 NOT_FIELDS = {"arms", "arm"}
 """Keys of a section that choose among what other stages made; checked where the stage opens it."""

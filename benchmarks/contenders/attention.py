@@ -42,7 +42,7 @@ def cumulative(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """torch's softmax attention; queries and keys filled up to the values' width, without which it has no fused form."""
+    """torch's softmax attention; queries and keys filled up to the width of values, else it has no fused form."""
     q, k, v = (x.transpose(1, 2) for x in (_wide(q, v), _wide(k, v), v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=SCALE).transpose(1, 2)
 

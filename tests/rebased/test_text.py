@@ -37,6 +37,19 @@ def test_blocks_hold_every_token_and_predict_each_once(tokenizer, tmp_path):
     assert all(torch.equal(loaded.tokens[split], text.tokens[split]) for split in text.tokens)
 
 
+def test_blocks_belong_to_the_document_in_their_middle(tokenizer):
+    documents = pl.DataFrame({"text": [TEXTS[0], TEXTS[1], "a", *TEXTS[1:]], "split": ["train"] * 3 + ["val", "test"]})
+    text = Text.of(documents, tokenizer)
+    for length in (15, 16):
+        blocks, found = text.blocks("train", length), text.documents("train", length)
+        assert len(found) == len(blocks)
+        assert (found[0], found[-1]) == (0, 1)
+        starts = (text.tokens["train"] == 0).nonzero()[:, 0].tolist()
+        for i, document in enumerate(found.tolist()):
+            middle = i * length + length // 2
+            assert document == max(d for d, start in enumerate(starts) if start <= middle)
+
+
 def test_what_is_too_short_is_named(tokenizer):
     with pytest.raises(InputError, match="ask for fewer"):
         train_tokenizer(["abc"], 400)

@@ -11,15 +11,28 @@ import torch.nn.functional as F
 from trimtab.errors import InputError
 from trimtab.rebased import mqar_training, pretraining
 from trimtab.rebased.mqar import IGNORED, recall
-from trimtab.rebased.mqar_training import MQARConfig, jobs, recalled, train_recall
-from trimtab.rebased.pretraining import ARMS, PretrainConfig, by_position, pretrain, reading, token_losses
+from trimtab.rebased.mqar_training import Job, MQARConfig, jobs, recalled, train_recall
+from trimtab.rebased.pretraining import ARMS, PretrainConfig, by_block, by_position, pretrain, spread, token_losses
+from trimtab.rebased.text import recalls
 
 SMALL = MQARConfig(
-    vocabulary=32, time=16, pairs=2, d_model=16, widths=(4,), steps=6, batch=4, valid_rows=8, test_rows=8, readings=3
+    vocabulary=32,
+    tasks=((16, 2),),
+    d_models=(16,),
+    widths=(4,),
+    steps=6,
+    batch=4,
+    valid_rows=8,
+    test_rows=8,
+    readings=3,
 )
 TEXT = PretrainConfig(
     vocabulary=16, block_tokens=12, d_model=16, heads=2, d_k=4, window=4, mlp=24, tokens=480, batch=4, readings=5
 )
+
+
+def job(arm: str) -> Job:
+    return Job(arm, 16, 2, 16, 4, 1e-2, 0)
 
 
 def interrupted(monkeypatch, module, after):
@@ -39,31 +52,31 @@ def interrupted(monkeypatch, module, after):
 class TestRecall:
     def test_a_model_learns_it(self):
         config = replace(SMALL, steps=900, batch=32, learning_rates=(1e-2,), test_rows=100)
-        _, run = train_recall(config, "softmax", 4, 1e-2, seed=0)
+        _, run = train_recall(config, job("softmax"))
         assert run.accuracy > 0.9
         assert run.history[-1]["accuracy"] > run.history[0]["accuracy"]
         assert run.state == 0
 
     def test_it_goes_on_where_it_was_killed(self, tmp_path, monkeypatch):
-        whole, run = train_recall(SMALL, "rebased", 4, 1e-2, seed=0)
+        whole, run = train_recall(SMALL, job("rebased"))
         with monkeypatch.context() as patched:
             interrupted(patched, mqar_training, 3)
             with pytest.raises(KeyboardInterrupt):
-                train_recall(SMALL, "rebased", 4, 1e-2, seed=0, checkpoint=tmp_path / "run")
-        again, resumed = train_recall(SMALL, "rebased", 4, 1e-2, seed=0, checkpoint=tmp_path / "run")
+                train_recall(SMALL, job("rebased"), checkpoint=tmp_path / "run")
+        again, resumed = train_recall(SMALL, job("rebased"), checkpoint=tmp_path / "run")
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
         assert resumed.history == run.history
         assert resumed.accuracy == run.accuracy
 
     def test_pairs_grow_to_all_of_them_in_the_first_half(self):
-        config = replace(SMALL, time=128, pairs=32, vocabulary=512, steps=100)
-        pairs = [config.pairs_at(step) for step in range(100)]
+        config = replace(SMALL, steps=100)
+        pairs = [config.pairs_at(step, 32) for step in range(100)]
         assert sorted(set(pairs)) == [4, 8, 16, 32]
         assert pairs == sorted(pairs)
         assert pairs[50:] == [32] * 50
 
     def test_only_queries_count(self):
-        model, _ = train_recall(replace(SMALL, steps=1), "based", 4, 1e-2, seed=0)
+        model, _ = train_recall(replace(SMALL, steps=1), job("based"))
         rows = recall(6, 16, 2, 32, torch.Generator().manual_seed(1))
         logits = model(rows.inputs)
         whole = F.cross_entropy(logits.flatten(0, 1), rows.labels.flatten(), ignore_index=IGNORED)
@@ -74,12 +87,14 @@ class TestRecall:
     def test_the_grid_is_the_same_for_every_arm(self):
         config = replace(SMALL, arms=("rebased", "softmax"), widths=(2, 4), learning_rates=(1e-3, 1e-2), seeds=(0, 1))
         found = jobs(config)
-        assert len([job for job in found if job[0] == "rebased"]) == 8
-        assert {job[2:] for job in found if job[0] == "softmax"} == {job[2:] for job in found if job[0] == "rebased"}
+        assert len([each for each in found if each.arm == "rebased"]) == 8
+        assert {each[5:] for each in found if each.arm == "softmax"} == {
+            each[5:] for each in found if each.arm == "rebased"
+        }
 
     def test_settings_that_cannot_be_are_named(self):
         with pytest.raises(InputError, match="pairs need rows"):
-            replace(SMALL, pairs=9)
+            replace(SMALL, tasks=((16, 9),))
         with pytest.raises(InputError, match="learning_rates"):
             replace(SMALL, learning_rates=())
 
@@ -113,14 +128,19 @@ class TestText:
         logits = model(blocks[:, :-1])
         whole = F.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten())
         assert losses.mean().item() == pytest.approx(whole.item(), rel=1e-5)
-        found = reading(losses, blocks)
-        assert found["overall"] == pytest.approx(math.exp(whole.item()), rel=1e-5)
-        mixed = found["share_recalled"] * math.log(found["recalled"])
-        mixed += (1 - found["share_recalled"]) * math.log(found["others"])
-        assert mixed == pytest.approx(whole.item(), rel=1e-5)
+        found = by_block(losses, blocks)
+        again = recalls(blocks)
+        assert found["recalled"].to_list() == again.sum(1).tolist()
+        assert found["recalled_nats"][3] == pytest.approx(losses[3][again[3]].sum().item(), rel=1e-5)
+        total = (found["recalled_nats"] + found["others_nats"]).sum() / (found["recalled"] + found["others"]).sum()
+        assert total == pytest.approx(whole.item(), rel=1e-5)
         table = by_position(losses, bins=4)
         assert table["nats"].mean() == pytest.approx(whole.item(), rel=1e-5)
         assert table["position"].to_list() == [1.5, 4.5, 7.5, 10.5]
+
+    def test_blocks_are_spread_evenly(self):
+        assert spread(10, 4).tolist() == [0, 3, 6, 9]
+        assert spread(3, 8).tolist() == [0, 1, 2]
 
     def test_the_sweep_takes_the_rate_of_least_loss(self):
         losses = {1e-3: 3.0, 1e-2: 2.0, 1e-1: math.nan}

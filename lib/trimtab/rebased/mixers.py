@@ -59,6 +59,11 @@ class PolynomialAttention(nn.Module):
     paper's: own gamma and beta for each channel of queries and of keys (equation 5).
     """
 
+    gamma_q: nn.Parameter | None
+    beta_q: nn.Parameter | None
+    gamma_k: nn.Parameter | None
+    beta_k: nn.Parameter | None
+
     def __init__(
         self,
         d_model: int,

@@ -3,8 +3,9 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,21 +24,24 @@ TOOK_OFF = 0.5
 """Accuracy from which a run counts as having left the plateau of guessing among the values of its row."""
 
 
+VARIED = ("rebased", "based")
+"""Arms that are run at every width."""
+
+
 @dataclass(frozen=True)
 class MQARConfig:
     """Section `mqar`."""
 
     arms: tuple[str, ...] = ("rebased", "based", "softmax")
     """Mixers of the second block; the first is a convolution. `conv` alone is the floor."""
+    tasks: tuple[tuple[int, int], ...] = ((64, 16),)
+    """Tokens of a row, and pairs of key and value in it."""
+    d_models: tuple[int, ...] = (64,)
     widths: tuple[int, ...] = (4, 8)
-    """d_k of polynomial attention: the fewer features, the less state for each pair."""
+    """d_k of polynomial attention: the fewer features, the less state for each pair. Ablations take the least alone."""
     vocabulary: int = 512
-    time: int = 64
-    """Tokens of a row."""
-    pairs: int = 16
-    """Keys to be recalled in a row."""
-    d_model: int = 64
     heads: int = 1
+    """Of polynomial attention; softmax has one."""
     steps: int = 1000
     batch: int = 64
     """Rows of a step: always new ones."""
@@ -51,39 +55,55 @@ class MQARConfig:
     """By which it is reported."""
     readings: int = 8
     """Validations along a run."""
+    workers: int = 1
+    """Runs at one time, each in a process of its own."""
 
     def __post_init__(self) -> None:
-        check_fits(self.time, self.pairs, self.vocabulary)
+        for task in self.tasks:
+            if len(task) != 2:
+                raise InputError(f"mqar: a task is [tokens of a row, pairs], not {list(task)}.")
+            check_fits(*task, self.vocabulary)
+        if not (self.arms and self.tasks and self.d_models and self.widths):
+            raise InputError("mqar: arms, tasks, d_models and widths must each hold something.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
             raise InputError(f"mqar: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise InputError(f"mqar: seeds must be distinct integers, not {list(self.seeds)}.")
-        for name in ("steps", "batch", "valid_rows", "test_rows", "readings"):
+        for name in ("steps", "batch", "valid_rows", "test_rows", "readings", "workers", "heads"):
             if getattr(self, name) < 1:
                 raise InputError(f"mqar: {name} must be positive, not {getattr(self, name)}.")
 
-    def model(self, arm: str, width: int) -> ModelConfig:
+    def model(self, job: "Job") -> ModelConfig:
         """Convolution, then the arm's mixer; learnt positions, no MLP, as in the papers."""
-        mixers = ("conv", "conv") if arm == "conv" else ("conv", arm)
+        mixers, heads = ("conv", job.arm), 1 if job.arm in ("softmax", "conv") else self.heads
         return ModelConfig(
-            self.vocabulary, self.d_model, mixers, self.heads, width, positions=self.time, window=self.time
+            self.vocabulary, job.d_model, mixers, heads, job.width, job.d_model // heads, positions=job.time
         )
 
-    def pairs_at(self, step: int) -> int:
+    def pairs_at(self, step: int, pairs: int) -> int:
         """Pairs of a step's rows: 4, 8, ... in equal shares of the first half, then all. Rows of many pairs alone leave
         a model on the plateau of guessing for most of a run."""
-        stages = [n for n in (4, 8, 16, 32, 64, 128) if n < self.pairs] + [self.pairs]
+        stages = [n for n in (4, 8, 16, 32, 64, 128, 256) if n < pairs] + [pairs]
         return stages[min(len(stages) - 1, 2 * len(stages) * step // (self.steps + 1))]
+
+
+class Job(NamedTuple):
+    """One run of the grid: a cell (all but rate and seed), a learning rate and a seed."""
+
+    arm: str
+    time: int
+    pairs: int
+    d_model: int
+    width: int
+    learning_rate: float
+    seed: int
 
 
 @dataclass(frozen=True)
 class RecallRun:
     """What one run came to."""
 
-    arm: str
-    width: int
-    learning_rate: float
-    seed: int
+    job: Job
     history: list[dict[str, int | float]]
     """`step`, `loss` (of training) and `accuracy` (on the validation rows) at each reading."""
     accuracy: float
@@ -94,32 +114,27 @@ class RecallRun:
 
 
 def train_recall(
-    config: MQARConfig,
-    arm: str,
-    width: int,
-    learning_rate: float,
-    seed: int,
-    device: str = "cpu",
-    checkpoint: Path | None = None,
+    config: MQARConfig, job: Job, device: str = "cpu", checkpoint: Path | None = None
 ) -> tuple[LanguageModel, RecallRun]:
     """One run. Interrupted and called again with the same checkpoint file it goes on, to the same weights."""
     began = time.monotonic()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LanguageModel(config.model(arm, width)).to(device)
-    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=learning_rate, fused=True)
-    saved = Checkpoint(checkpoint, [asdict(config), arm, width, learning_rate, seed, device])
+        torch.manual_seed(job.seed)
+        model = LanguageModel(config.model(job)).to(device)
+    optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=job.learning_rate, fused=True)
+    saved = Checkpoint(checkpoint, [asdict(config), list(job), device])
     history, first = [], 0
     if (found := saved.load()) is not None:
         resume_training(found[0], model.state_dict(), optimiser)
         history, first = found[1]["history"], found[1]["step"]
-    valid = recall(config.valid_rows, config.time, config.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 1))
+    valid = recall(config.valid_rows, job.time, job.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 1))
     every = max(1, config.steps // config.readings)
     last_save = time.monotonic()
     for step in range(first, config.steps):
-        rows = recall(config.batch, config.time, config.pairs_at(step), config.vocabulary, rows_of(seed, step))
+        pairs = config.pairs_at(step, job.pairs)
+        rows = recall(config.batch, job.time, pairs, config.vocabulary, rows_of(job.seed, step))
         for group in optimiser.param_groups:
-            group["lr"] = learning_rate * shape(step, config.steps)
+            group["lr"] = job.learning_rate * shape(step, config.steps)
         loss = recall_loss(model, rows)
         optimiser.zero_grad()
         loss.backward()
@@ -131,9 +146,9 @@ def train_recall(
         if checkpoint is not None and (time.monotonic() - last_save > SAVE_EVERY or step + 1 == config.steps):
             saved.save(training_tensors(model.state_dict(), optimiser), {"history": history, "step": step + 1})
             last_save = time.monotonic()
-    test = recall(config.test_rows, config.time, config.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 0))
+    test = recall(config.test_rows, job.time, job.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 0))
     accuracy, seconds = float(recalled(model, test).float().mean()), time.monotonic() - began
-    return model, RecallRun(arm, width, learning_rate, seed, history, accuracy, model.state_size(), seconds)
+    return model, RecallRun(job, history, accuracy, model.state_size(), seconds)
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -171,18 +186,19 @@ def shape(step: int, steps: int, warm_up: float = 0.1) -> float:
     return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warm) / max(1.0, steps - warm)))))
 
 
-def run_job(config: MQARConfig, device: str, arm: str, width: int, learning_rate: float, seed: int) -> dict[str, Any]:
+def run_job(config: MQARConfig, device: str, *job: Any) -> dict[str, Any]:
     """`train_recall` for `launch.each`: the run as plain numbers."""
-    return asdict(train_recall(config, arm, width, learning_rate, seed, device)[1])
+    run = asdict(train_recall(config, Job(*job), device)[1])
+    return Job(*job)._asdict() | {name: value for name, value in run.items() if name != "job"}
 
 
-def jobs(config: MQARConfig) -> Sequence[tuple[str, int, float, int]]:
-    """(arm, width, learning rate, seed) of the whole grid; softmax and convolutions have no width to vary."""
+def jobs(config: MQARConfig) -> Sequence[Job]:
+    """The whole grid, the same rates and seeds for every cell. Softmax and convolutions have no width to vary."""
     found = []
-    for arm in config.arms:
-        widths = config.widths if arm not in ("softmax", "conv") else config.widths[-1:]
+    for (time_, pairs), d_model, arm in product(config.tasks, config.d_models, config.arms):
+        widths = config.widths if arm in VARIED else [min(config.widths)]
         found += [
-            (arm, width, rate, seed) for width in widths for rate in config.learning_rates for seed in config.seeds
+            Job(arm, time_, pairs, d_model, *rest) for rest in product(widths, config.learning_rates, config.seeds)
         ]
     return found
 

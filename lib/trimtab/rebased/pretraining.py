@@ -34,7 +34,7 @@ class PretrainConfig:
     """Section `pretrain`."""
 
     vocabulary: int = 2048
-    """Of the tokenizer trained on the corpus."""
+    """That of `pretrain_text`."""
     block_tokens: int = 256
     """Context."""
     d_model: int = 128
@@ -60,9 +60,21 @@ class PretrainConfig:
     readings: int = 10
     """Validations along a run."""
     valid_blocks: int = 64
+    """By which the rate is chosen."""
+    test_blocks: int = 512
+    """By which arms are compared, spread evenly over the test documents."""
 
     def __post_init__(self) -> None:
-        for name in ("block_tokens", "tokens", "batch", "sweep_tokens", "readings", "valid_blocks", "depth"):
+        for name in (
+            "block_tokens",
+            "tokens",
+            "batch",
+            "sweep_tokens",
+            "readings",
+            "valid_blocks",
+            "test_blocks",
+            "depth",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"pretrain: {name} must be positive, not {getattr(self, name)}.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
@@ -163,13 +175,20 @@ def token_losses(
     return torch.cat(found).view(len(blocks), -1)
 
 
-def reading(losses: Float[Tensor, "blocks length"], blocks: Int[Tensor, "blocks length_and_1"]) -> dict[str, float]:
-    """Perplexity of all predictions, of those that could be recalled (`text.recalls`) and of the others."""
-    recalled = recalls(blocks)
-    parts = {"overall": losses, "recalled": losses[recalled], "others": losses[~recalled]}
-    return {name: math.exp(float(part.mean())) for name, part in parts.items()} | {
-        "share_recalled": float(recalled.float().mean())
-    }
+def by_block(losses: Float[Tensor, "blocks length"], blocks: Int[Tensor, "blocks length_and_1"]) -> pl.DataFrame:
+    """Sums of nats and counts of predictions of each block: columns `recalled_nats`, `recalled`, `others_nats`,
+    `others`."""
+    again = recalls(blocks)
+    columns = {}
+    for name, kept in (("recalled", again), ("others", ~again)):
+        columns[f"{name}_nats"] = (losses * kept).sum(dim=1, dtype=torch.float64).tolist()
+        columns[name] = kept.sum(dim=1).tolist()
+    return pl.DataFrame(columns)
+
+
+def spread(total: int, wanted: int) -> Int[Tensor, " chosen"]:
+    """`wanted` of `total` indices, evenly apart; all of them where there are fewer."""
+    return torch.linspace(0, total - 1, min(total, wanted)).round().long()
 
 
 def by_position(losses: Float[Tensor, "blocks length"], bins: int = 16) -> pl.DataFrame:

@@ -1,6 +1,6 @@
 """What the grid of recall runs says, and what a trained mixer looks at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,35 +16,36 @@ from trimtab.plots import COLOURS
 from trimtab.rebased.mixers import PolynomialAttention
 from trimtab.rebased.model import LanguageModel
 from trimtab.rebased.mqar import IGNORED, Recall
-from trimtab.rebased.mqar_training import TOOK_OFF
+from trimtab.rebased.mqar_training import TOOK_OFF, VARIED, Job, MQARConfig
+
+CELL = ["arm", "time", "pairs", "d_model", "width"]
+"""What one accuracy is of, beside its seed."""
 
 
 def table_of(runs: Sequence[dict[str, Any]]) -> pl.DataFrame:
-    """A row for each run: `arm`, `width`, `learning_rate`, `seed`, `valid` (the last validation's accuracy),
-    `accuracy` (on the test rows), `state`, `seconds`."""
+    """A row for each run: columns `CELL`, `learning_rate`, `seed`, `valid` (the last validation's accuracy), `accuracy`
+    (on the test rows), `state`, `per_pair` (numbers of state for each pair), `seconds`."""
     rows = [{**run, "valid": run["history"][-1]["accuracy"]} for run in runs]
-    return pl.DataFrame(rows).drop("history")
+    return pl.DataFrame(rows).drop("history").with_columns((pl.col("state") / pl.col("pairs")).alias("per_pair"))
 
 
 def chosen(runs: pl.DataFrame) -> pl.DataFrame:
-    """The runs of each arm and width at its best rate: that of the highest mean validation accuracy over seeds, the
-    lowest of equals."""
-    cell = ["arm", "width"]
-    rates = runs.group_by(*cell, "learning_rate", maintain_order=True).agg(pl.col("valid").mean())
-    best = rates.sort("valid", "learning_rate", descending=[True, False]).group_by(cell, maintain_order=True).first()
-    kept = runs.join(best.select(*cell, "learning_rate"), on=[*cell, "learning_rate"], maintain_order="left")
-    return kept.sort(*cell, "seed", maintain_order=True)
+    """The runs of each cell at its best rate: that of the highest mean validation accuracy over seeds, the lowest of
+    equals."""
+    rates = runs.group_by(*CELL, "learning_rate", maintain_order=True).agg(pl.col("valid").mean())
+    best = rates.sort("valid", "learning_rate", descending=[True, False]).group_by(CELL, maintain_order=True).first()
+    kept = runs.join(best.select(*CELL, "learning_rate"), on=[*CELL, "learning_rate"], maintain_order="left")
+    return kept.sort(*CELL, "seed", maintain_order=True)
 
 
 def summary(runs: pl.DataFrame) -> pl.DataFrame:
-    """A row for each arm and width at its best rate: mean, least and greatest accuracy over seeds, the share of seeds
-    that left the plateau, and the state carried."""
+    """A row for each cell at its best rate: mean, least and greatest accuracy over seeds, the share of seeds that left
+    the plateau, and the state carried."""
     return (
         chosen(runs)
-        .group_by("arm", "width", maintain_order=True)
+        .group_by(CELL, maintain_order=True)
         .agg(
-            pl.col("learning_rate").first(),
-            pl.col("state").first(),
+            pl.col("learning_rate", "state", "per_pair").first(),
             pl.col("accuracy").mean(),
             pl.col("accuracy").min().alias("least"),
             pl.col("accuracy").max().alias("greatest"),
@@ -54,42 +55,57 @@ def summary(runs: pl.DataFrame) -> pl.DataFrame:
     )
 
 
-def accuracies(runs: pl.DataFrame, arm: str, width: int) -> Float[np.ndarray, " seeds"]:
-    """Of an arm's seeds in a cell, at its best rate. Raises InputError where the cell was not run."""
-    found = chosen(runs).filter((pl.col("arm") == arm) & (pl.col("width") == width))["accuracy"].to_numpy()
+def tightest(runs: pl.DataFrame, *, roomiest: bool = False) -> dict[str, int]:
+    """The task, width of the model and d_k at which ReBased has the least (or the most) state for each pair."""
+    cells = runs.filter(pl.col("arm") == "rebased").sort("per_pair", descending=roomiest)
+    if not len(cells):
+        raise InputError("mqar: arms must hold rebased, which the claims are about.")
+    return cells.select(CELL[1:]).row(0, named=True)
+
+
+def accuracies(runs: pl.DataFrame, arm: str, cell: Mapping[str, int]) -> Float[np.ndarray, " seeds"]:
+    """Of an arm's seeds in a cell, at its best rate; an arm without a width has one for all. Raises InputError where
+    the cell was not run."""
+    of_arm = chosen(runs).filter(pl.col("arm") == arm)
+    keys = CELL[1:] if arm in VARIED else CELL[1:-1]
+    found = of_arm.filter([pl.col(key) == cell[key] for key in keys])["accuracy"].to_numpy()
     if not len(found):
-        raise InputError(f"The grid holds no run of {arm} with d_k = {width}.")
+        raise InputError(f"mqar: {arm} was not run at {dict(cell)}: add it to arms.")
     return found
 
 
-def plot_accuracy(axis: Axes, runs: pl.DataFrame, pairs: int) -> None:
+def plot_accuracy(axis: Axes, runs: pl.DataFrame) -> None:
     """Accuracy against numbers of state for each pair, a point a seed at the best rate; without a state a line."""
     best = chosen(runs)
     for colour, arm in zip(COLOURS, best["arm"].unique(maintain_order=True), strict=False):
         rows = best.filter(pl.col("arm") == arm)
-        if rows["state"].max() == 0:
-            axis.axhline(rows["accuracy"].mean(), color=colour, linestyle="--", linewidth=1.2, label=arm)
+        if not rows["state"].any():
+            mean = float(rows["accuracy"].to_numpy().mean())
+            axis.axhline(mean, color=colour, linestyle="--", linewidth=1.2, label=arm)
             continue
-        means = rows.group_by("state", maintain_order=True).agg(pl.col("accuracy").mean()).sort("state")
-        axis.plot(means["state"] / pairs, means["accuracy"], color=colour, linewidth=1.4, label=arm)
-        axis.scatter(rows["state"] / pairs, rows["accuracy"], color=colour, s=16, zorder=3)
+        means = rows.group_by("per_pair", maintain_order=True).agg(pl.col("accuracy").mean()).sort("per_pair")
+        axis.plot(means["per_pair"], means["accuracy"], color=colour, linewidth=1.4, label=arm)
+        axis.scatter(rows["per_pair"], rows["accuracy"], color=colour, s=16, zorder=3)
     axis.set(xlabel="numbers of state for each pair", ylabel="accuracy on held-out rows", ylim=(0, 1.02), xscale="log")
+    axis.set_title("Recall against state")
     axis.legend(fontsize=8)
 
 
-def plot_curves(axis: Axes, runs: pl.DataFrame, histories: Sequence[dict[str, Any]], width: int) -> None:
-    """Validation accuracy along the runs of one width (of softmax and convolutions: their only one), each arm's at its
-    best rate, a thin line a seed."""
-    best = chosen(runs)
-    kept = {(r["arm"], r["width"], r["learning_rate"], r["seed"]) for r in best.to_dicts()}
-    arms = best["arm"].unique(maintain_order=True).to_list()
+def plot_curves(axis: Axes, runs: pl.DataFrame, histories: Sequence[dict[str, Any]], cell: Mapping[str, int]) -> None:
+    """Validation accuracy along the runs of a task and width, each arm's at its best rate, a thin line a seed."""
+    best = chosen(runs).filter(
+        [pl.col(key) == cell[key] for key in CELL[1:-1]],
+        (pl.col("width") == cell["width"]) | ~pl.col("arm").is_in(VARIED),
+    )
+    kept = set(best.select(*CELL, "learning_rate", "seed").iter_rows())
+    arms = chosen(runs)["arm"].unique(maintain_order=True).to_list()
     for run in histories:
-        key = (run["arm"], run["width"], run["learning_rate"], run["seed"])
-        if key in kept and (run["width"] == width or run["state"] == 0):
+        if tuple(run[key] for key in (*CELL, "learning_rate", "seed")) in kept:
             curve = pl.DataFrame(run["history"])
             colour = COLOURS[arms.index(run["arm"]) % len(COLOURS)]
             axis.plot(curve["step"], curve["accuracy"], color=colour, linewidth=0.9, alpha=0.8)
-    axis.set(xlabel="step", ylabel=f"validation accuracy, d_k = {width}", ylim=(0, 1.02))
+    axis.set(xlabel="step", ylabel="accuracy on validation rows", ylim=(0, 1.02))
+    axis.set_title(f"{cell['pairs']} pairs, d_k = {cell['width']}")
 
 
 def fresh(mixer: PolynomialAttention, arm: str = "rebased") -> PolynomialAttention:
@@ -120,22 +136,46 @@ def plot_map(axis: Axes, attention: Float[Tensor, "time time"], rows: Recall, ro
     axis.grid(visible=False)
 
 
+def last_polynomial(model: LanguageModel) -> PolynomialAttention:
+    """The last polynomial attention of a model. Raises InputError where it has none."""
+    mixers = [module for module in model.modules() if isinstance(module, PolynomialAttention)]
+    if not mixers:
+        raise InputError("The model has no polynomial attention to look at.")
+    return mixers[-1]
+
+
 @torch.no_grad()
 def attention_map(model: LanguageModel, rows: Recall) -> Float[Tensor, "rows heads time time"]:
     """Weights of the last polynomial attention, each query's divided by their sum."""
-    mixers = [block for block in model.blocks if isinstance(block.mixer, PolynomialAttention)]
-    if not mixers:
-        raise InputError("The model has no polynomial attention to look at.")
-    mixer, seen = mixers[-1].mixer, []
+    mixer, seen = last_polynomial(model), []
     handle = mixer.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     try:
-        model.hidden(rows.inputs)
+        model.hidden(rows.inputs.to(model.embedding.weight.device))
     finally:
         handle.remove()
     q = mixer.mapped(mixer.q(seen[0]), mixer.gamma_q, mixer.beta_q)
     k = mixer.mapped(mixer.k(seen[0]), mixer.gamma_k, mixer.beta_k)
     weights = mixer.polynomial(torch.einsum("bihd,bjhd->bhij", q, k) * mixer.d_k**-0.5).tril()
-    return weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)
+    return (weights / weights.sum(dim=-1, keepdim=True).clamp(min=1e-12)).cpu()
+
+
+def untrained_map(config: MQARConfig, job: Job, rows: Recall) -> Float[Tensor, "rows heads time time"]:
+    """`attention_map` of the job's model as it starts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(job.seed)
+        return attention_map(LanguageModel(config.model(job)), rows)
+
+
+def learnt(mixer: PolynomialAttention) -> pl.DataFrame:
+    """What the affine maps of queries and keys became: least, mean, greatest and spread of gamma (from 1) and of beta
+    (from 0) over channels."""
+    rows = []
+    for name in ("gamma_q", "beta_q", "gamma_k", "beta_k"):
+        values = getattr(mixer, name)
+        if values is not None:
+            numbers = values.detach().float().cpu()
+            rows.append((name, *(float(f()) for f in (numbers.min, numbers.mean, numbers.max, numbers.std))))
+    return pl.DataFrame(rows, schema=["parameter", "least", "mean", "greatest", "deviation"], orient="row")
 
 
 def overlap(attention: Float[Tensor, "rows heads time time"], rows: Recall) -> float:

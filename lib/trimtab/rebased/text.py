@@ -18,6 +18,18 @@ BOUNDARY = "<|endoftext|>"
 SPLITS = ("train", "val", "test")
 
 
+@dataclass(frozen=True)
+class TextConfig:
+    """Section `pretrain_text`."""
+
+    vocabulary: int = 2048
+    """Tokens of the vocabulary trained on the corpus: small, so that embeddings fit small models."""
+
+    def __post_init__(self) -> None:
+        if self.vocabulary < 257:
+            raise InputError(f"pretrain_text: a byte-level vocabulary has at least 257 tokens, not {self.vocabulary}.")
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Byte-level BPE with `vocabulary` tokens, the boundary and all 256 bytes among them.
 
@@ -79,6 +91,11 @@ class Text:
             raise InputError(f"The split {split} has {len(tokens)} tokens: no block of {length + 1}.")
         at = torch.arange(n)[:, None] * length + torch.arange(length + 1)
         return tokens[at]
+
+    def documents(self, split: str, length: int) -> Int[Tensor, " blocks"]:
+        """Which document of the split stands in the middle of each block."""
+        number = (self.tokens[split] == 0).cumsum(0) - 1  # the boundary precedes each
+        return number[length // 2 : (len(number) - 1) // length * length : length]
 
 
 def recalls(blocks: Int[Tensor, "blocks length_and_1"]) -> Bool[Tensor, "blocks length"]:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Polynomial:
-    """p(s) = constant + linear s + quadratic s^2, no coefficient negative; a weight for every s where linear^2 is at most
-    4 constant quadratic."""
+    """p(s) = constant + linear s + quadratic s^2, no coefficient negative; a weight for every s where linear^2 is at
+    most 4 constant quadratic."""
 
     constant: float
     linear: float

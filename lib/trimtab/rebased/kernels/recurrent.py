@@ -31,12 +31,12 @@ def step(
     batch, heads, _ = q.shape
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
         flat = state.view(batch * heads, *state.shape[2:])
-        rows = [x.detach().to(state.dtype).reshape(batch * heads, -1).contiguous() for x in (q, k, v)]
+        q, k, u = (x.detach().to(state.dtype).reshape(batch * heads, -1).contiguous() for x in (q, k, v))
         if state.device.type == "cpu":
-            out = cpu.step(*rows, flat, polynomial, scale, eps)
+            out = cpu.step(q, k, u, flat, polynomial, scale, eps)
         else:
-            phi_q, phi_k = expand(torch.stack(rows[:2]), polynomial, scale)
-            u = torch.cat([rows[2], torch.ones_like(rows[2][:, :1])], dim=1)
+            phi_q, phi_k = expand(torch.stack([q, k]), polynomial, scale)
+            u = torch.cat([u, torch.ones_like(u[:, :1])], dim=1)
             flat.baddbmm_(phi_k[:, :, None], u[:, None, :])
             sums = torch.bmm(phi_q[:, None, :], flat)[:, 0]
             out = sums[:, :-1] / (sums[:, -1:] + eps)

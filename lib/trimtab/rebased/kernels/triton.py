@@ -66,7 +66,8 @@ class _Job(NamedTuple):
         tile = min(TILE, max(16, triton.next_power_of_2(v.shape[-1])))
         return {
             "C0": c0, "C1": c1 * self.scale, "C2": c2 * self.scale**2, "LOWER": self.polynomial.lower,
-            "CHUNK": CHUNK, "SPAN": SPAN, "TILE": tile, "WIDTH": WIDEST, "HALF": v.dtype != _F32 and not INTERPRETED, "num_warps": 8,
+            "CHUNK": CHUNK, "SPAN": SPAN, "TILE": tile, "WIDTH": WIDEST,
+            "HALF": v.dtype != _F32 and not INTERPRETED, "num_warps": 8,
         }  # fmt: skip
 
 
