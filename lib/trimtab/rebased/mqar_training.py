@@ -34,7 +34,7 @@ class MQARConfig:
 
     arms: tuple[str, ...] = ("rebased", "based", "softmax")
     """Mixers of the second block; the first is a convolution. `conv` alone is the floor."""
-    tasks: tuple[tuple[int, int], ...] = ((64, 16),)
+    tasks: Sequence[Sequence[int]] = ((64, 16),)
     """Tokens of a row, and pairs of key and value in it."""
     d_models: tuple[int, ...] = (64,)
     widths: tuple[int, ...] = (4, 8)
