@@ -1,85 +1,35 @@
-"""Files that are either whole or absent: atomic writes, digests, and checkpoints that resume.
+"""Tensors on disk: safetensors written atomically, and checkpoints that resume. Nothing here pickles."""
 
-A write goes to a neighbour named `.<name>.partial-<pid>`, is flushed to disk, and takes its place by one rename. A
-process killed at any moment leaves the old file or the new one; of a folder, which cannot be replaced in one step,
-perhaps neither. Nothing here pickles.
-"""
-
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import psutil
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, no_grad
 from torch.optim import Optimizer
 
 from trimtab.errors import InputError
+from trimtab.files import atomic, file_sha256, fingerprint, read_json, remove, write_json
+
+__all__ = [
+    "Checkpoint",
+    "atomic",
+    "file_sha256",
+    "fingerprint",
+    "load_tensors",
+    "metadata_of",
+    "read_json",
+    "remove",
+    "resume_training",
+    "save_tensors",
+    "training_tensors",
+    "write_json",
+]
 
 METADATA = "trimtab"
 """Key under which a safetensors file of ours holds its metadata, as JSON."""
-
-
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(value: Any) -> str:
-    """Hex SHA-256 of a JSON-serialisable value; equal values give equal digests, whatever the order of their keys."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@contextmanager
-def atomic(path: Path) -> Iterator[Path]:
-    """Yield a path to write to; on success it becomes `path` (a file or a folder), on failure nothing is left.
-
-    Partial writes of processes that are no more are removed on the way.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.partial-*"):
-        if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
-            remove(stale)
-    partial = path.parent / f".{path.name}.partial-{os.getpid()}"
-    try:
-        yield partial
-        _flush(partial)
-        if path.is_dir():  # a rename cannot replace a folder that holds files
-            shutil.rmtree(path)
-        partial.replace(path)
-    finally:
-        remove(partial)
-
-
-def remove(path: Path) -> None:
-    """Delete a file or a folder; a missing one is fine."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, atomically."""
-    with atomic(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """Read JSON. Raises InputError naming the file when it is missing or is not JSON."""
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: run the stage that writes it (`dvc repro`).") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON ({error}): delete it and run its stage again.") from None
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -152,12 +102,3 @@ def resume_training(tensors: Mapping[str, Tensor], model: Mapping[str, Tensor], 
     optimiser.load_state_dict({"state": slots, "param_groups": optimiser.state_dict()["param_groups"]})
     for name, tensor in model.items():
         tensor.copy_(tensors[f"model.{name}"])
-
-
-def _flush(path: Path) -> None:
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trimtab.checkpoint import fingerprint, read_json, write_json
+from trimtab.files import fingerprint, read_json, write_json
 
 
 def each(

@@ -13,9 +13,9 @@ import transformers
 from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
 
-from trimtab.checkpoint import fingerprint, remove, write_json
 from trimtab.claims import Verdict, verdict_table
 from trimtab.errors import InputError
+from trimtab.files import fingerprint, remove, write_json
 from trimtab.pipeline.root import project_root
 
 Config = TypeVar("Config")

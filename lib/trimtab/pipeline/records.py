@@ -9,7 +9,7 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from trimtab.checkpoint import atomic
+from trimtab.files import atomic
 from trimtab.pipeline.execution import Execution, was_executed
 
 PROVENANCE, BANNER = "provenance", "failure"

@@ -9,9 +9,9 @@ from typing import Any
 
 from nbformat import NotebookNode
 
-from trimtab.checkpoint import atomic, read_json
 from trimtab.claims import Verdict, verdict_table
 from trimtab.errors import InputError
+from trimtab.files import atomic, read_json
 from trimtab.pipeline.records import PROVENANCE, read_record
 
 FIGURE_TAG = "figure"

@@ -7,8 +7,8 @@ from typing import Any
 
 import nbformat
 
-from trimtab.checkpoint import remove
 from trimtab.errors import InputError
+from trimtab.files import remove
 from trimtab.pipeline.execution import execute
 from trimtab.pipeline.parameters import collect, read_sections
 from trimtab.pipeline.provenance import commit, describe

@@ -79,7 +79,7 @@ def plot_accuracy(axis: Axes, runs: pl.DataFrame) -> None:
     best = chosen(runs)
     for colour, arm in zip(COLOURS, best["arm"].unique(maintain_order=True), strict=False):
         rows = best.filter(pl.col("arm") == arm)
-        if not rows["state"].any():
+        if not (rows["state"] > 0).any():
             mean = float(rows["accuracy"].to_numpy().mean())
             axis.axhline(mean, color=colour, linestyle="--", linewidth=1.2, label=arm)
             continue
