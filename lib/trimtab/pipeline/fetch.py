@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from trimtab.embeddings import fetch_encoder
 from trimtab.errors import InputError
-from trimtab.files import atomic
+from trimtab.checkpoint import atomic
 from trimtab.pretrained import fetch_model
 from trimtab.texts import fetch_text, slug
 
