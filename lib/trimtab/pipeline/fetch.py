@@ -8,9 +8,9 @@ from typing import Any
 from pydantic import StrictInt, StrictStr, TypeAdapter, ValidationError, with_config
 from tqdm import tqdm
 
+from trimtab.checkpoint import atomic
 from trimtab.embeddings import fetch_encoder
 from trimtab.errors import InputError
-from trimtab.checkpoint import atomic
 from trimtab.pretrained import fetch_model
 from trimtab.texts import fetch_text, slug
 
