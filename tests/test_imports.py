@@ -8,7 +8,19 @@ from pathlib import Path
 import pytest
 
 LIBRARY = Path(__file__).parents[1] / "lib/trimtab"
-MODULES = ["pretrained", "texts", "corpus", "interventions", "activations", "sae", "claims", "checkpoint"]
+MODULES = [
+    "pretrained",
+    "texts",
+    "corpus",
+    "interventions",
+    "activations",
+    "sae",
+    "claims",
+    "checkpoint",
+    "files",
+    "launch",
+    "rebased",
+]
 TOOLS = [
     "dvc",
     "papermill",

@@ -1,4 +1,4 @@
-"""The README's code on steering runs as it stands, on a tiny model."""
+"""The README's code on steering and on linear attention runs as it stands, the former on a tiny model."""
 
 import re
 import shutil
@@ -9,7 +9,9 @@ from transformers import AutoModelForCausalLM
 from trimtab.pretrained import load_model, load_tokenizer
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-(STEERING,) = (block for block in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "SteeringVectors" in block)
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+(STEERING,) = (block for block in BLOCKS if "SteeringVectors" in block)
+(LINEAR,) = (block for block in BLOCKS if "PolynomialAttention" in block)
 
 
 def test_the_steering_example_trains_keeps_and_exports(model_folder, tmp_path, monkeypatch):
@@ -21,3 +23,11 @@ def test_the_steering_example_trains_keeps_and_exports(model_folder, tmp_path, m
     assert (tmp_path / "vectors.gguf").stat().st_size > 0
     folded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
     assert folded.config.mlp_bias
+
+
+def test_the_example_of_linear_attention_runs():
+    names = {}
+    exec(LINEAR, names)
+    assert names["y"].shape == (2, 1000, 256)
+    assert names["more"].shape == names["out"].shape == (1, 1000, 4, 64)
+    assert len(names["new"]) == 20
