@@ -77,7 +77,7 @@ def set_parameter(project: Path, section: str, key: str, value: object) -> objec
 
 STEERED = [f"steering@{arm}" for arm in ("steering", "steering-last", "steering-layer14", "full")]
 STEERED += ["steering_controls", "steering_compare"]
-PRETRAINED = [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid")]
+PRETRAINED = [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid", "conv")]
 PRETRAINED += ["mqar", "pretrain_text", "pretrain_compare"]
 RANDOM = ["activations_random", "sae_random@topk-64", "sae_random@hierarchical-64"]
 BEFORE = ["activations", *RANDOM, *STEERED, *PRETRAINED]
@@ -103,7 +103,7 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
         assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
     page = (smoke / "records/README.md").read_text()
-    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 29
+    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 30
 
 
 def test_a_second_repro_runs_nothing(smoke):

@@ -62,15 +62,16 @@ class recurrent:
 
 
 class key_value_cache:
-    """Softmax over all keys and values so far, which lie in memory made beforehand."""
+    """Softmax over all keys and values so far, which lie in memory made beforehand. With one query torch has no use for
+    keys as wide as values: they are kept as they are."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, steps: int) -> None:
         self.time = k.shape[1]
-        self.k, self.v = (F.pad(x.transpose(1, 2), (0, 0, 0, steps)).contiguous() for x in (_wide(k, v), v))
+        self.k, self.v = (F.pad(x.transpose(1, 2), (0, 0, 0, steps)).contiguous() for x in (k, v))
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        self.k[:, :, self.time], self.v[:, :, self.time] = _wide(k, v), v
+        self.k[:, :, self.time], self.v[:, :, self.time] = k, v
         self.time += 1
         with torch.no_grad():
             seen = self.k[:, :, : self.time], self.v[:, :, : self.time]
-            return F.scaled_dot_product_attention(_wide(q, v)[:, :, None], *seen, scale=SCALE)
+            return F.scaled_dot_product_attention(q[:, :, None], *seen, scale=SCALE)

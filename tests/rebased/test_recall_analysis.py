@@ -1,5 +1,6 @@
 """Which runs are compared, and what a trained mixer looks at: by hand."""
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
@@ -16,7 +17,7 @@ from trimtab.rebased.mqar_training import Job
 def run(arm, width, rate, seed, valid, accuracy, state, pairs=4):
     job = Job(arm, 4 * pairs, pairs, 8, width, rate, seed)._asdict()
     history = [{"step": 1, "loss": 1.0, "accuracy": 0.0}, {"step": 2, "loss": 0.5, "accuracy": valid}]
-    return job | {"history": history, "accuracy": accuracy, "state": state, "seconds": 1.0}
+    return job | {"history": history, "accuracy": accuracy, "state": state}
 
 
 RUNS = [
@@ -52,8 +53,23 @@ class TestGrid:
         assert self.runs["per_pair"].max() == 10
         with pytest.raises(InputError, match="based was not run"):
             analysis.accuracies(self.runs, "based", tight)
+
+    def test_cells_that_nobody_learns_are_not_compared(self):
+        hopeless = [run(arm, 1, 0.1, seed, 0.1, 0.1, 5) for arm in ("rebased", "based") for seed in (0, 1)]
+        assert analysis.tightest(analysis.table_of([*RUNS, *hopeless]))["width"] == 2
+        ours, theirs = hopeless[:2], [run("based", 1, 0.1, seed, 0.3, 0.3, 5) for seed in (0, 1)]
+        assert analysis.tightest(analysis.table_of([*RUNS, *ours, *theirs]))["width"] == 1
+        plateau = analysis.table_of(hopeless)
+        cell = analysis.tightest(plateau)
+        assert not analysis.learnt(plateau, cell)
+        assert analysis.interval(plateau, cell, np.array([0.0, 0.01])) == (pytest.approx(0.005), -np.inf, np.inf)
+        assert analysis.interval(self.runs, analysis.tightest(self.runs), np.array([0.0, 0.01]))[1] > -1
         with pytest.raises(InputError, match="must hold rebased"):
             analysis.tightest(self.runs.filter(pl.col("arm") == "softmax"))
+
+    def test_what_is_the_same_throughout_is_not_shown(self):
+        assert "d_model" not in analysis.readable(self.runs).columns
+        assert {"arm", "width"} <= set(analysis.readable(self.runs).columns)
 
     def test_figures_show_every_arm(self):
         _, (left, right) = figure(2)
@@ -110,6 +126,6 @@ def test_the_shape_of_a_kernel():
     assert min(analysis.kernel_shape(mixer)["median"]) == pytest.approx(0, abs=1e-3)
     with torch.no_grad():
         mixer.gamma_q.mul_(3)
-    found = {row["parameter"]: row for row in analysis.learnt(mixer).to_dicts()}
+    found = {row["parameter"]: row for row in analysis.maps(mixer).to_dicts()}
     assert (found["gamma_q"]["mean"], found["beta_k"]["greatest"]) == (3.0, 0.0)
-    assert analysis.learnt(PolynomialAttention(8, 1, 4, arm="rebased-square")).is_empty()
+    assert analysis.maps(PolynomialAttention(8, 1, 4, arm="rebased-square")).is_empty()

@@ -17,7 +17,7 @@ def write(folder, arm, nats, seeds=2, counts=((2, 10), (4, 20))):
         for seed in range(seeds)
         for document in range(2)
     ]
-    columns = ["seed", "document", "recalled_nats", "recalled", "others_nats", "others"]
+    columns = ["seed", "group", "recalled_nats", "recalled", "others_nats", "others"]
     (folder / arm).mkdir()
     pl.DataFrame(rows, schema=columns, orient="row").write_parquet(folder / arm / "losses.parquet")
 
@@ -31,13 +31,15 @@ def losses(tmp_path):
 
 def test_means_and_gaps(losses):
     ones = np.ones(2)
-    assert (losses.seeds, losses.documents) == (2, 2)
+    assert (losses.seeds, losses.groups) == (2, 2)
     assert losses.mean("softmax", "recalled", 0, ones) == pytest.approx(6 / 6)
     assert losses.mean("softmax", "recalled", 1, ones) == pytest.approx(8 / 6)
     assert losses.mean("softmax", "overall", 0, ones) == pytest.approx(96 / 36)
     assert losses.mean("softmax", "overall", 0, np.array([0.0, 1.0])) == pytest.approx(64 / 24)
     assert losses.gap("rebased", "softmax", "recalled", 0, ones) == pytest.approx(8 / 6)
-    assert losses.interval("rebased", "softmax", "recalled", less="others")[0] == pytest.approx(8 / 6)
+    assert losses.interval("rebased", "softmax", "recalled")[0] == pytest.approx(8 / 6)
+    assert losses.most_on_recalled("softmax", "rebased")[0] == pytest.approx(8 / 6), "and level on the others"
+    assert losses.most_on_recalled("rebased", "softmax")[0] == pytest.approx(-8 / 6), "behind is not ahead"
     assert losses.perplexity("softmax", "others") == pytest.approx(np.exp(3))
 
 

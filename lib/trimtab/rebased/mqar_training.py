@@ -20,10 +20,6 @@ SAVE_EVERY = 60.0
 """Seconds between checkpoints."""
 TEST_SEED = 1_000_003
 """Of the held-out rows, which are the same for every run."""
-TOOK_OFF = 0.5
-"""Accuracy from which a run counts as having left the plateau of guessing among the values of its row."""
-
-
 VARIED = ("rebased", "based")
 """Arms that are run at every width."""
 
@@ -109,15 +105,14 @@ class RecallRun:
     accuracy: float
     """On the test rows: share of queries whose likeliest token is the key's value."""
     state: int
-    """Numbers carried from token to token; 0 for softmax, which carries all."""
-    seconds: float
+    """Numbers that polynomial attention carries from token to token; 0 for softmax, which carries all, and for
+    convolutions."""
 
 
 def train_recall(
     config: MQARConfig, job: Job, device: str = "cpu", checkpoint: Path | None = None
 ) -> tuple[LanguageModel, RecallRun]:
     """One run. Interrupted and called again with the same checkpoint file it goes on, to the same weights."""
-    began = time.monotonic()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = LanguageModel(config.model(job)).to(device)
@@ -147,8 +142,8 @@ def train_recall(
             saved.save(training_tensors(model.state_dict(), optimiser), {"history": history, "step": step + 1})
             last_save = time.monotonic()
     test = recall(config.test_rows, job.time, job.pairs, config.vocabulary, rows_of(TEST_SEED, 0, 0))
-    accuracy, seconds = float(recalled(model, test).float().mean()), time.monotonic() - began
-    return model, RecallRun(job, history, accuracy, model.state_size(), seconds)
+    accuracy = float(recalled(model, test).float().mean())
+    return model, RecallRun(job, history, accuracy, model.state_size())
 
 
 def parameter_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -204,7 +199,7 @@ def jobs(config: MQARConfig) -> Sequence[Job]:
 
 
 def rows_of(*numbers: int) -> torch.Generator:
-    """The source of rows for a seed and a step, far from all others."""
+    """The source of rows for a seed and a step, another for each."""
     seed = 0
     for number in numbers:
         seed = (seed * 1_000_003 + number + 1) % 2**63

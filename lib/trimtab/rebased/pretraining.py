@@ -12,7 +12,7 @@ from typing import Any
 import polars as pl
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
@@ -20,7 +20,6 @@ from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.errors import InputError
 from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
 from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
-from trimtab.rebased.text import recalls
 
 ARMS = {
     "softmax": ("softmax", 0), "based": ("based", 0), "rebased": ("rebased", 0),
@@ -59,6 +58,8 @@ class PretrainConfig:
     """What the model computes in: float32, or bfloat16 by autocast; weights and optimiser stay in fp32."""
     readings: int = 10
     """Validations along a run."""
+    common: int = 20
+    """Pairs of tokens that stand more often in training text are known, not recalled."""
     valid_blocks: int = 64
     """By which the rate is chosen."""
     test_blocks: int = 512
@@ -70,6 +71,7 @@ class PretrainConfig:
             "tokens",
             "batch",
             "sweep_tokens",
+            "common",
             "readings",
             "valid_blocks",
             "test_blocks",
@@ -102,7 +104,6 @@ class PretrainRun:
     model: LanguageModel
     history: list[dict[str, int | float]]
     """`step`, `tokens`, `loss` (of training, mean since the last reading), `valid` (nats a token)."""
-    seconds: float
 
 
 def pretrain(
@@ -121,7 +122,7 @@ def pretrain(
 
     Interrupted and called again with the same checkpoint file it goes on, to the same weights.
     """
-    began, length = time.monotonic(), blocks.shape[1] - 1
+    length = blocks.shape[1] - 1
     steps = max(1, (tokens or config.tokens) // (config.batch * length))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -159,7 +160,7 @@ def pretrain(
                 last_save = time.monotonic()
         bar.update()
     bar.close()
-    return PretrainRun(model.eval(), history, time.monotonic() - began)
+    return PretrainRun(model.eval(), history)
 
 
 @torch.no_grad()
@@ -175,10 +176,9 @@ def token_losses(
     return torch.cat(found).view(len(blocks), -1)
 
 
-def by_block(losses: Float[Tensor, "blocks length"], blocks: Int[Tensor, "blocks length_and_1"]) -> pl.DataFrame:
-    """Sums of nats and counts of predictions of each block: columns `recalled_nats`, `recalled`, `others_nats`,
-    `others`."""
-    again = recalls(blocks)
+def by_block(losses: Float[Tensor, "blocks length"], again: Bool[Tensor, "blocks length"]) -> pl.DataFrame:
+    """Sums of nats and counts of predictions of each block, those that take recall (`text.recalls`) apart: columns
+    `recalled_nats`, `recalled`, `others_nats`, `others`."""
     columns = {}
     for name, kept in (("recalled", again), ("others", ~again)):
         columns[f"{name}_nats"] = (losses * kept).sum(dim=1, dtype=torch.float64).tolist()

@@ -11,20 +11,25 @@ from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
 
+from trimtab.claims import over_seeds
 from trimtab.errors import InputError
 from trimtab.plots import COLOURS
 from trimtab.rebased.mixers import PolynomialAttention
 from trimtab.rebased.model import LanguageModel
 from trimtab.rebased.mqar import IGNORED, Recall
-from trimtab.rebased.mqar_training import TOOK_OFF, VARIED, Job, MQARConfig
+from trimtab.rebased.mqar_training import VARIED, Job, MQARConfig
 
+TOOK_OFF = 2.0
+"""Accuracy, in units of guessing among the values of the row, from which a run has left that plateau."""
+LEARNS = 0.2
+"""Mean validation accuracy from which a cell counts as learnt."""
 CELL = ["arm", "time", "pairs", "d_model", "width"]
 """What one accuracy is of, beside its seed."""
 
 
 def table_of(runs: Sequence[dict[str, Any]]) -> pl.DataFrame:
     """A row for each run: columns `CELL`, `learning_rate`, `seed`, `valid` (the last validation's accuracy), `accuracy`
-    (on the test rows), `state`, `per_pair` (numbers of state for each pair), `seconds`."""
+    (on the test rows), `state`, `per_pair` (numbers of state for each pair)."""
     rows = [{**run, "valid": run["history"][-1]["accuracy"]} for run in runs]
     return pl.DataFrame(rows).drop("history").with_columns((pl.col("state") / pl.col("pairs")).alias("per_pair"))
 
@@ -49,18 +54,40 @@ def summary(runs: pl.DataFrame) -> pl.DataFrame:
             pl.col("accuracy").mean(),
             pl.col("accuracy").min().alias("least"),
             pl.col("accuracy").max().alias("greatest"),
-            (pl.col("accuracy") >= TOOK_OFF).mean().alias("took_off"),
-            pl.col("seconds").mean(),
+            (pl.col("accuracy") >= TOOK_OFF / pl.col("pairs")).mean().alias("took_off"),
         )
     )
 
 
+def readable(table: pl.DataFrame) -> pl.DataFrame:
+    """Without the columns of the cell that are the same throughout."""
+    return table.drop(column for column in CELL if column != "arm" and table[column].n_unique() == 1)
+
+
 def tightest(runs: pl.DataFrame, *, roomiest: bool = False) -> dict[str, int]:
-    """The task, width of the model and d_k at which ReBased has the least (or the most) state for each pair."""
-    cells = runs.filter(pl.col("arm") == "rebased").sort("per_pair", descending=roomiest)
-    if not len(cells):
+    """The task, width of the model and d_k at which ReBased has the least (or the most) state for each pair, among the
+    cells that are `learnt`; where none is, among all. Raises InputError where ReBased was not run."""
+    cells = chosen(runs).filter(pl.col("arm") == "rebased").sort("per_pair", descending=roomiest)
+    rows = cells.select(CELL[1:]).unique(maintain_order=True).to_dicts()
+    if not rows:
         raise InputError("mqar: arms must hold rebased, which the claims are about.")
-    return cells.select(CELL[1:]).row(0, named=True)
+    return next((row for row in rows if learnt(runs, row)), rows[0])
+
+
+def learnt(runs: pl.DataFrame, cell: Mapping[str, int]) -> bool:
+    """Whether ReBased or Based learns the task there: mean validation accuracy of at least `LEARNS` at its best rate.
+    Where neither does there is nothing to compare: all differences are noise about 0."""
+    here = chosen(runs).filter([pl.col(key) == value for key, value in cell.items()], pl.col("arm").is_in(VARIED))
+    means = here.group_by("arm").agg(pl.col("valid").mean())["valid"]
+    return bool((means >= LEARNS).any())
+
+
+def interval(
+    runs: pl.DataFrame, cell: Mapping[str, int], values: Float[np.ndarray, " seeds"]
+) -> tuple[float, float, float]:
+    """`claims.over_seeds` of values that compare arms in a cell; unbounded where it is not `learnt`."""
+    effect, low, high = over_seeds(values.tolist())
+    return (effect, low, high) if learnt(runs, cell) else (effect, -np.inf, np.inf)
 
 
 def accuracies(runs: pl.DataFrame, arm: str, cell: Mapping[str, int]) -> Float[np.ndarray, " seeds"]:
@@ -166,7 +193,7 @@ def untrained_map(config: MQARConfig, job: Job, rows: Recall) -> Float[Tensor, "
         return attention_map(LanguageModel(config.model(job)), rows)
 
 
-def learnt(mixer: PolynomialAttention) -> pl.DataFrame:
+def maps(mixer: PolynomialAttention) -> pl.DataFrame:
     """What the affine maps of queries and keys became: least, mean, greatest and spread of gamma (from 1) and of beta
     (from 0) over channels."""
     rows = []
@@ -207,7 +234,8 @@ def kernel_shape(mixer: PolynomialAttention, draws: int = 2000, *, seed: int = 0
     first, rows = directions(), []
     second = directions()
     second = F.normalize(second - (second * first).sum(-1, keepdim=True) * first, dim=-1)  # at right angles
-    gammas = [(mixer.gamma_q, mixer.beta_q), (mixer.gamma_k, mixer.beta_k)]
+    learnt_maps = ((mixer.gamma_q, mixer.beta_q), (mixer.gamma_k, mixer.beta_k))
+    gammas = [tuple(None if x is None else x.detach().cpu() for x in each) for each in learnt_maps]
     for cosine in torch.linspace(-1, 1, 41).tolist():
         raw = (scale * first, scale * (cosine * first + (1 - cosine**2) ** 0.5 * second))
         q, k = (

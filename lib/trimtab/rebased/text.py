@@ -55,33 +55,40 @@ class Text:
     """Tokens of each split, documents one after the other, and how many characters they stand for."""
 
     tokens: dict[str, Int[Tensor, " tokens"]]
+    groups: dict[str, Int[Tensor, " documents"]]
+    """For each document of a split, which group of near relatives it belongs to: the unit that is resampled."""
     characters: dict[str, int]
     vocabulary: int
 
     @classmethod
     def of(cls, documents: pl.DataFrame, tokenizer: Tokenizer) -> "Text":
-        """From documents with columns `text` and `split`; each is preceded by the boundary."""
-        tokens, characters = {}, {}
+        """From documents with columns `text`, `split`, `source` and `group`; each is preceded by the boundary."""
+        tokens, groups, characters = {}, {}, {}
         for split in SPLITS:
-            texts = documents.filter(pl.col("split") == split)["text"].to_list()
+            chosen = documents.filter(pl.col("split") == split)
+            texts, related = chosen["text"].to_list(), chosen.select("source", "group").rows()
+            numbers = {name: number for number, name in enumerate(dict.fromkeys(related))}
+            groups[split] = torch.tensor([numbers[name] for name in related], dtype=torch.int32)
             ids = [i for text in tokenizer.encode_batch(texts) for i in (tokenizer.token_to_id(BOUNDARY), *text.ids)]
             tokens[split] = torch.tensor(ids, dtype=torch.int32)
             characters[split] = sum(map(len, texts))
-        return cls(tokens, characters, tokenizer.get_vocab_size())
+        return cls(tokens, groups, characters, tokenizer.get_vocab_size())
 
     def save(self, folder: Path, tokenizer: Tokenizer) -> None:
         """`tokens.safetensors` and `tokenizer.json`, atomically."""
         with atomic(folder) as partial:
             partial.mkdir(parents=True)
             metadata = {split: str(n) for split, n in self.characters.items()} | {"vocabulary": str(self.vocabulary)}
-            save_tensors(partial / "tokens.safetensors", self.tokens, metadata)
+            of_documents = {f"groups.{split}": groups for split, groups in self.groups.items()}
+            save_tensors(partial / "tokens.safetensors", self.tokens | of_documents, metadata)
             tokenizer.save(str(partial / "tokenizer.json"))
 
     @classmethod
     def load(cls, folder: Path) -> "Text":
         """What `save` wrote."""
-        tokens, metadata = load_tensors(folder / "tokens.safetensors")
-        return cls(tokens, {split: int(metadata[split]) for split in SPLITS}, int(metadata["vocabulary"]))
+        tensors, metadata = load_tensors(folder / "tokens.safetensors")
+        tokens, groups = ({split: tensors[f"{of}{split}"] for split in SPLITS} for of in ("", "groups."))
+        return cls(tokens, groups, {split: int(metadata[split]) for split in SPLITS}, int(metadata["vocabulary"]))
 
     def blocks(self, split: str, length: int) -> Int[Tensor, "blocks length_and_1"]:
         """Consecutive blocks; a block's last token is the next one's first, so that each is predicted once."""
@@ -92,18 +99,39 @@ class Text:
         at = torch.arange(n)[:, None] * length + torch.arange(length + 1)
         return tokens[at]
 
-    def documents(self, split: str, length: int) -> Int[Tensor, " blocks"]:
-        """Which document of the split stands in the middle of each block."""
+    def check(self, vocabulary: int) -> None:
+        """Raise InputError unless the vocabulary is of this size."""
+        if vocabulary != self.vocabulary:
+            raise InputError(
+                f"pretrain: vocabulary is {vocabulary}, but the text was written in one of {self.vocabulary}."
+            )
+
+    def groups_of(self, split: str, length: int) -> Int[Tensor, " blocks"]:
+        """Which group the document in the middle of each block belongs to."""
         number = (self.tokens[split] == 0).cumsum(0) - 1  # the boundary precedes each
-        return number[length // 2 : (len(number) - 1) // length * length : length]
+        return self.groups[split][number[length // 2 : (len(number) - 1) // length * length : length]]
+
+    def common(self, times: int) -> Int[Tensor, " pairs"]:
+        """Pairs of a token and the next that stand more than so many times in the training text, as `pairs` numbers
+        them: a model can know them without looking back."""
+        numbers, counts = pairs(self.tokens["train"].long(), self.vocabulary).unique(return_counts=True)
+        return numbers[counts > times]
 
 
-def recalls(blocks: Int[Tensor, "blocks length_and_1"]) -> Bool[Tensor, "blocks length"]:
-    """Which predictions could be recalled (Zoology, section 3): the pair of a token and its predecessor stood in the
-    block before. Of `blocks[:, 1:]`."""
-    pairs = blocks[:, :-1] * (int(blocks.max()) + 1) + blocks[:, 1:]
-    order = pairs.argsort(dim=1, stable=True)
-    ordered = pairs.gather(1, order)
+def pairs(tokens: Int[Tensor, "*batch length_and_1"], vocabulary: int) -> Int[Tensor, "*batch length"]:
+    """A number for each token and the one before it."""
+    return tokens[..., :-1] * vocabulary + tokens[..., 1:]
+
+
+def recalls(
+    blocks: Int[Tensor, "blocks length_and_1"], vocabulary: int, common: Int[Tensor, " pairs"] | None = None
+) -> Bool[Tensor, "blocks length"]:
+    """Which predictions, of `blocks[:, 1:]`, take recall (Zoology, section 3): the pair of the token and its
+    predecessor stood in the block before, and is not among those `common` in training text."""
+    numbers = pairs(blocks, vocabulary)
+    order = numbers.argsort(dim=1, stable=True)
+    ordered = numbers.gather(1, order)
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[:, 1:] = ordered[:, 1:] == ordered[:, :-1]
-    return torch.zeros_like(again).scatter_(1, order, again)
+    found = torch.zeros_like(again).scatter_(1, order, again)
+    return found if common is None else found & ~torch.isin(numbers, common)

@@ -16,12 +16,12 @@ from trimtab.errors import InputError
 from trimtab.plots import COLOURS
 from trimtab.rebased.pretraining import ARMS
 
-NEEDED = ("softmax", "based", "rebased", "rebased-hybrid")
+NEEDED = ("softmax", "based", "rebased", "rebased-hybrid", "conv")
 """Arms that the claims are about."""
 Part = Literal["overall", "recalled", "others"]
 PARTS: tuple[Part, Part, Part] = ("overall", "recalled", "others")
 """All predictions; those whose pair of tokens stood in the block before; the rest."""
-Weights = Float[np.ndarray, " documents"]
+Weights = Float[np.ndarray, " groups"]
 
 
 def check_arms(arms: Sequence[str]) -> None:
@@ -36,11 +36,11 @@ def check_arms(arms: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class Losses:
-    """Nats of every arm's predictions, summed over the blocks of each test document."""
+    """Nats of every arm's predictions, summed over the blocks of each group of test documents."""
 
-    nats: dict[tuple[str, Part], Float[np.ndarray, "seeds documents"]]
+    nats: dict[tuple[str, Part], Float[np.ndarray, "seeds groups"]]
     """By arm and part (`recalled`, `others`)."""
-    counts: dict[Part, Int[np.ndarray, " documents"]]
+    counts: dict[Part, Int[np.ndarray, " groups"]]
     """Predictions, by part: the same for every arm."""
 
     @classmethod
@@ -52,10 +52,10 @@ class Losses:
             path = trained / arm / "losses.parquet"
             if not path.is_file():
                 raise InputError(f"{path} is missing: run `dvc repro pretrain@{arm}`.")
-            table = pl.read_parquet(path).group_by("seed", "document").agg(pl.exclude("seed", "document").sum())
-            table = table.sort("seed", "document")
+            table = pl.read_parquet(path).group_by("seed", "group").agg(pl.exclude("seed", "group").sum())
+            table = table.sort("seed", "group")
             seeds = table["seed"].n_unique()
-            same = table.select("seed", "document", "recalled", "others")
+            same = table.select("seed", "group", "recalled", "others")
             if first is not None and not same.equals(first):
                 raise InputError(f"{path} is of other seeds or blocks than {trained / arms[0]}.")
             first = same
@@ -70,8 +70,8 @@ class Losses:
         return len(next(iter(self.nats.values())))
 
     @property
-    def documents(self) -> int:
-        """Test documents: the unit that is resampled."""
+    def groups(self) -> int:
+        """Groups of test documents that are near relatives: the unit that is resampled."""
         return len(self.counts["others"])
 
     def mean(self, arm: str, part: Part, seed: int, weights: Weights) -> float:
@@ -88,18 +88,23 @@ class Losses:
 
     def perplexity(self, arm: str, part: Part) -> float:
         """exp of the mean over seeds."""
-        ones = np.ones(self.documents)
+        ones = np.ones(self.groups)
         return float(np.exp(np.mean([self.mean(arm, part, seed, ones) for seed in range(self.seeds)])))
 
-    def interval(
-        self, arm: str, other: str, part: Part, *, less: Part | None = None, seed: int = 0
-    ) -> tuple[float, float, float]:
-        """(gap, low, high), or what the gap is more than that of the part `less`; see `claims.seeds_and_groups`."""
+    def interval(self, arm: str, other: str, part: Part, *, seed: int = 0) -> tuple[float, float, float]:
+        """(gap, low, high); see `claims.seeds_and_groups`."""
+        gap = partial(self.gap, arm, other, part)
+        return seeds_and_groups(gap, seeds=self.seeds, groups=self.groups, seed=seed)
+
+    def most_on_recalled(self, arm: str, other: str, *, seed: int = 0) -> tuple[float, float, float]:
+        """(lesser of what an arm is ahead of the other by on recalled predictions, and of what that is more than on the
+        others, low, high): above 0 where it is ahead on the recalled ones, and there most."""
 
         def statistic(s: int, weights: Weights) -> float:
-            return self.gap(arm, other, part, s, weights) - (self.gap(arm, other, less, s, weights) if less else 0.0)
+            ahead = self.gap(other, arm, "recalled", s, weights)
+            return min(ahead, ahead - self.gap(other, arm, "others", s, weights))
 
-        return seeds_and_groups(statistic, seeds=self.seeds, groups=self.documents, seed=seed)
+        return seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
 
     def closed(self, arm: str, worse: str, better: str, *, seed: int = 0) -> tuple[float, float, float]:
         """(share of the gap between `worse` and `better` that the arm closes, low, high), with the ratio of means over
@@ -115,9 +120,9 @@ class Losses:
             ratio = mine.mean() / whole.mean()
             return float(ratio + (mine[s] - ratio * whole[s]) / whole.mean())
 
-        effect, low, high = seeds_and_groups(statistic, seeds=self.seeds, groups=self.documents, seed=seed)
+        effect, low, high = seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
         gap = partial(self.gap, worse, better, "overall")
-        certain = seeds_and_groups(gap, seeds=self.seeds, groups=self.documents, seed=seed)[1] > 0
+        certain = seeds_and_groups(gap, seeds=self.seeds, groups=self.groups, seed=seed)[1] > 0
         return (effect, low, high) if certain else (effect, -np.inf, np.inf)
 
 
