@@ -58,7 +58,7 @@ class MQARConfig:
         for task in self.tasks:
             if len(task) != 2:
                 raise InputError(f"mqar: a task is [tokens of a row, pairs], not {list(task)}.")
-            check_fits(*task, self.vocabulary)
+            check_fits(task[0], task[1], self.vocabulary)
         if not (self.arms and self.tasks and self.d_models and self.widths):
             raise InputError("mqar: arms, tasks, d_models and widths must each hold something.")
         if not self.learning_rates or min(self.learning_rates) <= 0:
