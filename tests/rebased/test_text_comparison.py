@@ -61,3 +61,7 @@ def test_what_cannot_be_compared_is_named(tmp_path):
     write(tmp_path, "rebased", NATS["rebased"], counts=((2, 10), (4, 21)))
     with pytest.raises(InputError, match="other seeds or blocks"):
         Losses.read(tmp_path, ["softmax", "rebased"])
+    for arm in ("mid", "none"):
+        write(tmp_path, arm, NATS["softmax"], counts=((0, 10), (0, 20)))
+    with pytest.raises(InputError, match="among the recalled"):
+        Losses.read(tmp_path, ["mid", "none"])

@@ -62,6 +62,11 @@ class Losses:
             for part in PARTS[1:]:
                 nats[arm, part] = table[f"{part}_nats"].to_numpy().reshape(seeds, -1)
         counts: dict[Part, np.ndarray] = {part: table[part].to_numpy().reshape(seeds, -1)[0] for part in PARTS[1:]}
+        for part, found in counts.items():
+            if not found.any():
+                raise InputError(
+                    f"No test prediction is among the {part}: choose another `common` in section pretrain."
+                )
         return cls(nats, counts)
 
     @property
@@ -77,10 +82,9 @@ class Losses:
     def mean(self, arm: str, part: Part, seed: int, weights: Weights) -> float:
         """Nats a prediction, of one seed."""
         parts = PARTS[1:] if part == "overall" else (part,)
-        return float(
-            sum(self.nats[arm, each][seed] @ weights for each in parts)
-            / sum(self.counts[each] @ weights for each in parts)
-        )
+        predictions = sum(self.counts[each] @ weights for each in parts)
+        nats = sum(self.nats[arm, each][seed] @ weights for each in parts)
+        return float(nats / predictions) if predictions else 0.0  # a bootstrap sample without any
 
     def gap(self, arm: str, other: str, part: Part, seed: int, weights: Weights) -> float:
         """Nats by which an arm's mean lies above the other's."""
