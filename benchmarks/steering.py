@@ -45,7 +45,7 @@ UPDATES, BATCHES = 10_000, 64
 """What a measured contender believes it will take; batches of prompts there are, after which they come again."""
 RATE = 1e-5
 """Learning rate of measured updates, for all: it leaves the policy where it starts, so that rounds are alike."""
-CURVE_UPDATES, CURVE_RATE = 20, 1e-2
+CURVE_UPDATES, CURVE_RATE = 10, 1e-2
 
 
 @dataclass(frozen=True)
