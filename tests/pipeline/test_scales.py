@@ -16,7 +16,8 @@ def test_a_scale_and_overrides_change_what_they_say(root, tmp_path):
     one, other = (yaml.safe_load((tmp_path / name).read_text()) for name in ("a.yaml", "b.yaml"))
     assert (other["sae"].pop("steps"), other["base"].pop("threads")) == (7, 1)
     assert other["sae_random"].pop("steps") == 7, "the control is trained as the SAEs are"
-    del one["sae"]["steps"], one["sae_random"]["steps"], one["base"]["threads"]
+    assert other["mqar"].pop("workers") == 1, "as many as threads"
+    del one["sae"]["steps"], one["sae_random"]["steps"], one["base"]["threads"], one["mqar"]["workers"]
     assert one == other
 
 
