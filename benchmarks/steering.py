@@ -32,10 +32,10 @@ from contenders import report, steering_report
 from contenders.turns import Worker, command_line, need_peers, threads_of
 from tqdm import tqdm
 
+from trimtab.epochs import batch_of
 from trimtab.pipeline.provenance import hardware
 from trimtab.pipeline.provenance import versions as installed
 from trimtab.rl.tasks import open_task
-from trimtab.rl.training import batch_of
 
 ROOT = Path(__file__).parents[1]
 ITEMS = 800

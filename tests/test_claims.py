@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.claims import Claim, over_seeds, seeds_and_groups, verdict_table
+from trimtab.claims import Claim, over_seeds, ratio_terms, seeds_and_groups, verdict_table
 from trimtab.errors import InputError
 
 ABOVE = Claim("a", "more", "gain", "above", 0.0)
@@ -82,3 +82,16 @@ def test_students_interval_agrees_with_scipy():
     want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((np.mean(values), want.low, want.high))
     assert over_seeds([0.3]) == (0.3, -np.inf, np.inf)
+
+
+def test_terms_of_a_ratio_are_its_mean_and_its_derivatives():
+    mine, whole = np.array([1.0, 3.0, 2.0]), np.array([4.0, 5.0, 3.0])
+    terms = ratio_terms(mine.tolist(), whole.tolist())
+    ratio = mine.sum() / whole.sum()
+    assert terms.mean() == pytest.approx(ratio)
+    for seed in range(3):
+        weights = np.ones(3)
+        weights[seed] += 1e-6
+        moved = (mine @ weights / (whole @ weights) - ratio) / 1e-6
+        assert terms[seed] - ratio == pytest.approx(3 * moved, rel=1e-4)
+    assert ratio_terms([1.0, 2.0], [1.0, -1.0]).tolist() == [0.0, 0.0]

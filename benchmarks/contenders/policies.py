@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from itertools import cycle
 
+import nnsight  # noqa: F401  (the library imports it late: before memory is counted, as every other's)
 import torch
 from job import NEVER, TASK, Clock, Job, Questions
 from transformers import PreTrainedModel

@@ -85,6 +85,16 @@ def seeds_and_groups(
     return effect, effect - half, effect + half
 
 
+def ratio_terms(mine: Sequence[float], whole: Sequence[float]) -> Float[np.ndarray, " seeds"]:
+    """One term for each training seed of mean(mine) / mean(whole): the ratio, and to first order how the seed moves it
+    in either, so that the mean of the terms is the ratio and their spread that of both. All 0 where the whole is 0."""
+    whole_mean = float(np.mean(whole))
+    if not whole_mean:
+        return np.zeros(len(whole))
+    ratio = float(np.mean(mine)) / whole_mean
+    return ratio + (np.asarray(mine) - ratio * np.asarray(whole)) / whole_mean
+
+
 def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     """(mean, low, high): Student's 95 % interval of a mean over seeds. One value gives an unbounded interval."""
     mean = float(np.mean(values))

@@ -8,6 +8,7 @@ import pytest
 import scipy.stats
 import torch
 
+from trimtab.epochs import batch_of
 from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.rl import advantages as adv
@@ -15,7 +16,7 @@ from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts, draw, rollout
-from trimtab.rl.training import batch_of, optimise
+from trimtab.rl.training import optimise
 from trimtab.steering.vectors import SteeringVectors
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13]]
@@ -66,8 +67,8 @@ class TestRollouts:
     )
     def test_probabilities_are_those_of_a_pass_without_cache_or_padding(self, steered, prompts):
         policy, _ = steered
-        # Half of all tokens end a completion: rows leave the batch at every step.
-        got = drawn(policy, group=16, tokens=10, end=range(0, 258, 2), prompts=prompts)
+        # Half of all tokens end a completion: rows leave the batch step by step, a block of them at a time.
+        got = drawn(policy, group=48, tokens=10, end=range(0, 258, 2), prompts=prompts)
         with torch.no_grad():
             expected = log_probs_one_by_one(policy, got, 0.7)
         torch.testing.assert_close(got.log_probs, torch.where(got.mask, expected, 0), atol=1e-5, rtol=1e-5)
@@ -121,6 +122,15 @@ class TestRollouts:
         counted = seen[probs > 5 / n].numpy()
         statistic = ((counted - expected) ** 2 / expected).sum()
         assert scipy.stats.chi2.sf(statistic, len(expected) - 1) > 1e-4
+
+    def test_finished_rows_leave_in_whole_blocks(self, steered, monkeypatch):
+        policy, _ = steered
+        sizes, hidden = [], policy.hidden
+        monkeypatch.setattr(policy, "hidden", lambda ids, *rest: (sizes.append(len(ids)), hidden(ids, *rest))[1])
+        got = drawn(policy, group=40, tokens=10, end=range(0, 258, 2))
+        going = [int(got.mask[:, :, t].sum()) for t in range(1, got.mask.shape[2])]
+        assert sizes[-len(going) :] == [min(40 * len(PROMPTS), -(-n // 16) * 16) for n in going]
+        assert len(set(sizes)) > 3
 
     def test_a_seed_decides(self, steered):
         policy, _ = steered

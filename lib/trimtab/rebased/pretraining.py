@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import polars as pl
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
+from trimtab.epochs import batch_of
 from trimtab.errors import InputError
 from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
 from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
@@ -139,7 +139,7 @@ def pretrain(
     every, last_save, losses = max(1, steps // config.readings), time.monotonic(), []
     bar = tqdm(total=steps, initial=first, desc=f"{arm} seed {seed} rate {learning_rate:g}", unit="step", mininterval=1)
     for step in range(first, steps):
-        rows = blocks[_rows(step, config.batch, len(blocks), seed)].to(device)
+        rows = blocks[batch_of(step + 1, config.batch, len(blocks), seed)].to(device)
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * shape(step, steps)
         with torch.autocast(device, torch.bfloat16, enabled=config.dtype == "bfloat16"):
@@ -208,15 +208,3 @@ def sweep(run: Callable[[float], PretrainRun], rates: Sequence[float]) -> tuple[
     if not finite:
         raise InputError(f"No learning rate of {list(rates)} trains: lower them.")
     return min(finite, key=lambda rate: finite[rate]), found
-
-
-def _rows(step: int, size: int, total: int, seed: int) -> list[int]:
-    """Which blocks a step takes: each once an epoch, in an order of its own."""
-    chosen: list[int] = []
-    orders: dict[int, Any] = {}
-    for place in range(step * size, (step + 1) * size):
-        epoch, within = divmod(place, total)
-        if epoch not in orders:
-            orders[epoch] = torch.randperm(total, generator=torch.Generator().manual_seed(1_000_003 * seed + epoch))
-        chosen.append(int(orders[epoch][within]))
-    return chosen

@@ -11,7 +11,7 @@ import polars as pl
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
-from trimtab.claims import seeds_and_groups
+from trimtab.claims import ratio_terms, seeds_and_groups
 from trimtab.errors import InputError
 from trimtab.plots import COLOURS
 from trimtab.rebased.pretraining import ARMS
@@ -111,18 +111,13 @@ class Losses:
         return seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
 
     def closed(self, arm: str, worse: str, better: str, *, seed: int = 0) -> tuple[float, float, float]:
-        """(share of the gap between `worse` and `better` that the arm closes, low, high), with the ratio of means over
-        seeds made linear in each seed. Unbounded unless there is a gap with its whole interval."""
+        """(share of the gap between `worse` and `better` that the arm closes, low, high); see
+        `claims.ratio_terms`. Unbounded unless there is a gap with its whole interval."""
+        sides = (arm, better)
 
         def statistic(s: int, weights: Weights) -> float:
-            whole, mine = (
-                np.array([self.gap(worse, each, "overall", i, weights) for i in range(self.seeds)])
-                for each in (better, arm)
-            )
-            if not whole.mean():
-                return 0.0
-            ratio = mine.mean() / whole.mean()
-            return float(ratio + (mine[s] - ratio * whole[s]) / whole.mean())
+            mine, whole = ([self.gap(worse, each, "overall", i, weights) for i in range(self.seeds)] for each in sides)
+            return float(ratio_terms(mine, whole)[s])
 
         effect, low, high = seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
         gap = partial(self.gap, worse, better, "overall")

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts
+from trimtab.rl.shapes import whole_blocks
 
-HEAD_TOKENS = 256
-"""Completion tokens whose logits exist at one time."""
+HEAD_TOKENS = 64
+"""Completion tokens whose logits exist at one time, a whole number of blocks of `rl.shapes`."""
 
 
 class Packed(NamedTuple):
@@ -48,7 +49,7 @@ class Terms:
 
 
 def pack(rollouts: Rollouts, prompts: Sequence[int]) -> Packed:
-    """Rows for the given prompts of a batch of rollouts, each as long as the longest of them."""
+    """Rows for the given prompts of a batch of rollouts, each as long as the longest of them, to whole blocks."""
     rows: list[list[int]] = []
     segments: list[list[int]] = []
     positions: list[list[int]] = []
@@ -72,7 +73,7 @@ def pack(rollouts: Rollouts, prompts: Sequence[int]) -> Packed:
         rows.append(ids)
         segments.append(segment)
         positions.append(position)
-    width = max(map(len, rows))
+    width = whole_blocks(max(map(len, rows)))
 
     def padded(lists: Sequence[Sequence[int]], filler: int) -> Tensor:
         return torch.tensor([[*each, *[filler] * (width - len(each))] for each in lists])
@@ -154,7 +155,8 @@ def _predicting(policy: Policy, packed: Packed, *, reference: bool = False) -> F
 def _log_probs(
     policy: Policy, hidden: Float[Tensor, "tokens d_model"], target: Int[Tensor, " tokens"], temperature: float
 ) -> Float[Tensor, " tokens"]:
-    return _TargetLogProbs.apply(policy.unembedding(hidden), target, temperature)
+    filled = nn.functional.pad(hidden, (0, 0, 0, whole_blocks(len(hidden)) - len(hidden)))
+    return _TargetLogProbs.apply(policy.unembedding(filled)[: len(hidden)], target, temperature)
 
 
 class _TargetLogProbs(torch.autograd.Function):

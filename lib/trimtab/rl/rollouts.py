@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformers.cache_utils import DynamicCache
 
+from trimtab.rl.cache import RoomyCache
 from trimtab.rl.policy import Policy
+from trimtab.rl.shapes import whole_blocks
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def rollout(
     """
     device = policy.device
     rows, longest = len(prompts) * group, max(map(len, prompts))
-    cache, shared = DynamicCache(), _shared(prompts)
+    cache, shared = RoomyCache(longest + max_new_tokens), _shared(prompts)
     if shared:
         ids = torch.tensor([list(prompts[0][:shared])], device=device)
         policy.hidden(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
@@ -81,25 +82,21 @@ def rollout(
     log_probs, entropy = torch.zeros(2, rows, max_new_tokens)
     ends = torch.tensor(list(end))
     active = torch.arange(rows)  # rows that are still in the batch
+    live = torch.ones(rows, dtype=torch.bool)  # which of them have not ended
     for t in range(max_new_tokens):
-        logits = policy.unembedding(hidden).to(torch.float32, copy=True)
-        if temperature not in (0.0, 1.0):
-            logits /= temperature
-        distribution = logits.log_softmax(dim=1).cpu()
-        probs = distribution.exp()
-        token = draw(probs, generator) if temperature else distribution.argmax(dim=1, keepdim=True)
-        out[active, t] = token[:, 0]
-        mask[active, t] = True
-        log_probs[active, t] = distribution.gather(1, token)[:, 0]
-        entropy[active, t] = -torch.einsum("rv,rv->r", probs, distribution)
+        token, log_prob, uncertainty = _next(policy.unembedding(hidden), temperature, generator)
+        writing = active[live]
+        out[writing, t] = token[live, 0]
+        mask[writing, t] = True
+        log_probs[writing, t], entropy[writing, t] = log_prob[live], uncertainty[live]
         done = torch.isin(token[:, 0], ends)
-        finished[active[done]] = True
-        if bool(done.all()) or t == max_new_tokens - 1:
+        finished[active[live & done]] = True
+        live &= ~done
+        if not bool(live.any()) or t == max_new_tokens - 1:
             break
-        if bool(done.any()):
-            going = ~done
-            cache.batch_select_indices(going.nonzero().squeeze(1).to(device))
-            active, attend, place, token = active[going], attend[going], place[going], token[going]
+        if (kept := _kept(live)) is not None:
+            cache.batch_select_indices(kept.to(device))
+            active, live, attend, place, token = (each[kept] for each in (active, live, attend, place, token))
         attend = torch.cat([attend, torch.ones(len(active), 1, dtype=torch.long)], dim=1)
         hidden = policy.hidden(token.to(device), attend.to(device), place[:, None].to(device), cache)[:, -1]
         place = place + 1
@@ -120,6 +117,26 @@ def _shared(prompts: Sequence[Sequence[int]]) -> int:
     shortest = min(map(len, prompts))
     columns = enumerate(zip(*prompts, strict=False))
     return 0 if len(prompts) == 1 else next((i for i, ids in columns if i == shortest - 1 or len(set(ids)) > 1), 0)
+
+
+def _kept(live: Bool[Tensor, " rows"]) -> Int[Tensor, " kept"] | None:
+    """Which rows stay, in order: those that go on, filled up to whole blocks. None while all of them do."""
+    size = whole_blocks(int(live.sum()))
+    return None if size >= len(live) else live.int().argsort(descending=True, stable=True)[:size].sort().values
+
+
+def _next(
+    logits: Float[Tensor, "rows vocab"], temperature: float, generator: torch.Generator | None
+) -> tuple[Int[Tensor, "rows 1"], Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+    """(a token for each row, its log-probability, the distribution's entropy), on the CPU, in fp32."""
+    scaled = logits.to(torch.float32, copy=True)
+    if temperature not in (0.0, 1.0):
+        scaled /= temperature
+    distribution = scaled.sub_(scaled.logsumexp(dim=1, keepdim=True)).cpu()
+    probs = distribution.exp()
+    token = draw(probs, generator) if temperature else distribution.argmax(dim=1, keepdim=True)
+    entropy = -torch.einsum("rv,rv->r", probs, distribution)
+    return token, distribution.gather(1, token)[:, 0], entropy
 
 
 def draw(

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
+from trimtab.epochs import batch_of, mix
 from trimtab.rl.advantages import ESTIMATORS, informative
 from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
@@ -97,7 +98,7 @@ def train(
     for number in range(len(history) + 1, last + 1):
         began = time.perf_counter()
         chosen = batch_of(number, config.prompts, len(prompts), seed)
-        generator = torch.Generator().manual_seed(_mix(seed, number))
+        generator = torch.Generator().manual_seed(mix(seed, number))
         drawn = rollout(
             policy, [prompts[i] for i in chosen], group=config.group, max_new_tokens=config.max_new_tokens,
             temperature=config.temperature, end=end, generator=generator,
@@ -180,18 +181,3 @@ def optimise(
         optimiser.step()
         policy.publish()
     return norm
-
-
-def batch_of(number: int, size: int, total: int, seed: int) -> list[int]:
-    """Which of `total` prompts the update of this number (from 1) takes: each once an epoch, in an order of its own."""
-    chosen = []
-    for place in range((number - 1) * size, number * size):
-        epoch, within = divmod(place, total)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(_mix(seed, -1 - epoch)))
-        chosen.append(int(order[within]))
-    return chosen
-
-
-def _mix(seed: int, number: int) -> int:
-    """A seed for one purpose, far from its neighbours."""
-    return (seed * 1_000_003 + number * 7_919 + 2**40) % 2**63

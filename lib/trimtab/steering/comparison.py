@@ -10,7 +10,7 @@ import polars as pl
 from jaxtyping import Float, Int
 from matplotlib.axes import Axes
 
-from trimtab.claims import seeds_and_groups
+from trimtab.claims import ratio_terms, seeds_and_groups
 from trimtab.errors import InputError
 from trimtab.plots import COLOURS
 from trimtab.rl.evaluation import GREEDY
@@ -120,14 +120,9 @@ class Correct:
         return float((self.arms[arm][seed] - self.arms[BASE][seed]) @ by_item / by_item.sum())
 
     def share(self, arm: str, other: str, seed: int, weights: Weights) -> float:
-        """One seed's term of gain(arm) / gain(other): the ratio of the means over seeds, and to first order how this
-        seed moves it, in either arm, so that the mean over seeds is the ratio and the spread is that of both; 0 where
-        the other gained nothing."""
-        whole, mine = (np.mean([self.gain(name, s, weights) for s in range(self.seeds)]) for name in (other, arm))
-        if not whole:
-            return 0.0
-        ratio = mine / whole
-        return float(ratio + (self.gain(arm, seed, weights) - ratio * self.gain(other, seed, weights)) / whole)
+        """One seed's term of gain(arm) / gain(other); see `claims.ratio_terms`."""
+        mine, whole = ([self.gain(name, s, weights) for s in range(self.seeds)] for name in (arm, other))
+        return float(ratio_terms(mine, whole)[seed])
 
     def interval(self, arm: str, *, seed: int = 0) -> tuple[float, float, float]:
         """(gain of the arm, low, high); see `claims.seeds_and_groups`."""
