@@ -2,18 +2,21 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
 
 from trimtab.errors import InputError
+from trimtab.launch import each
 from trimtab.rebased import mqar_training, pretraining
+from trimtab.rebased.model import LanguageModel
 from trimtab.rebased.mqar import IGNORED, recall
 from trimtab.rebased.mqar_training import Job, MQARConfig, jobs, recalled, train_recall
 from trimtab.rebased.pretraining import ARMS, PretrainConfig, by_block, by_position, pretrain, spread, token_losses
-from trimtab.rebased.text import recalls
+from trimtab.rebased.text import Text, recalls
 
 SMALL = MQARConfig(
     vocabulary=32,
@@ -143,8 +146,23 @@ class TestText:
         assert spread(3, 8).tolist() == [0, 1, 2]
 
     def test_the_sweep_takes_the_rate_of_least_loss(self):
-        losses = {1e-3: 3.0, 1e-2: 2.0, 1e-1: math.nan}
-        run = lambda rate: SimpleNamespace(history=[{"valid": losses[rate]}])  # noqa: E731
-        assert pretraining.sweep(run, list(losses))[0] == 1e-2
+        assert pretraining.best_rate({1e-3: 3.0, 1e-2: 2.0, 1e-1: math.nan}) == 1e-2
         with pytest.raises(InputError, match="trains"):
-            pretraining.sweep(run, [1e-1])
+            pretraining.best_rate({1e-1: math.nan})
+
+    def test_a_job_in_a_process_of_its_own_leaves_the_model_of_the_run(self, blocks, tmp_path):
+        tokens = {split: blocks[:, 1:].flatten().int() for split in ("train", "val", "test")}
+        groups = {split: torch.zeros(1, dtype=torch.int32) for split in tokens}
+        Text(tokens, groups, dict.fromkeys(tokens, 1), 16).save(tmp_path / "text", Tokenizer(models.BPE()))
+        job = ("rebased", 1e-2, 1, 960)
+        run = partial(pretraining.run_job, TEXT, str(tmp_path / "text"), str(tmp_path / "kept"), "cpu")
+        (history,) = each(run, [job], tmp_path / "jobs", workers=2)
+        kept = LanguageModel.load(pretraining.model_of(str(tmp_path / "kept"), *job))
+        source = Text.load(tmp_path / "text")
+        cut, valid = (source.blocks(split, TEXT.block_tokens) for split in ("train", "val"))
+        valid = valid[spread(len(valid), TEXT.valid_blocks)]
+        same = pretrain(TEXT, "rebased", cut, valid, learning_rate=1e-2, seed=1, tokens=960)
+        assert [row["step"] for row in history] == [row["step"] for row in same.history]
+        torch.testing.assert_close(history[-1]["valid"], same.history[-1]["valid"], atol=1e-4, rtol=1e-4)
+        for name, weight in same.model.state_dict().items():
+            torch.testing.assert_close(kept.state_dict()[name], weight, atol=1e-3, rtol=1e-3)

@@ -2,8 +2,9 @@
 
 import hashlib
 import math
+import multiprocessing
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +21,7 @@ from trimtab.epochs import batch_of
 from trimtab.errors import InputError
 from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
 from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
+from trimtab.rebased.text import Text
 
 ARMS = {
     "softmax": ("softmax", 0), "based": ("based", 0), "rebased": ("rebased", 0),
@@ -58,6 +60,8 @@ class PretrainConfig:
     """What the model computes in: float32, or bfloat16 by autocast; weights and optimiser stay in fp32."""
     readings: int = 10
     """Validations along a run."""
+    workers: int = 1
+    """Runs at one time, each in a process of its own."""
     common: int = 20
     """Pairs of tokens that stand more often in training text are known, not recalled."""
     valid_blocks: int = 64
@@ -73,6 +77,7 @@ class PretrainConfig:
             "sweep_tokens",
             "common",
             "readings",
+            "workers",
             "valid_blocks",
             "test_blocks",
             "depth",
@@ -136,8 +141,11 @@ def pretrain(
     if (found := saved.load()) is not None:
         resume_training(found[0], model.state_dict(), optimiser)
         history, first = found[1]["history"], found[1]["step"]
-    every, last_save, losses = max(1, steps // config.readings), time.monotonic(), []
-    bar = tqdm(total=steps, initial=first, desc=f"{arm} seed {seed} rate {learning_rate:g}", unit="step", mininterval=1)
+    due = {(i + 1) * steps // config.readings for i in range(config.readings)}  # readings, after so many steps
+    last_save, losses = time.monotonic(), []
+    alone = multiprocessing.parent_process() is None  # beside others they would write over one another
+    title = f"{arm} seed {seed} rate {learning_rate:g}"
+    bar = tqdm(total=steps, initial=first, desc=title, unit="step", mininterval=1, disable=not alone)
     for step in range(first, steps):
         rows = blocks[batch_of(step + 1, config.batch, len(blocks), seed)].to(device)
         for group in optimiser.param_groups:
@@ -149,7 +157,7 @@ def pretrain(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(loss.item())
-        if (step + 1) % every == 0 or step + 1 == steps:
+        if step + 1 in due:
             held_out = float(token_losses(model, valid, config.dtype).mean())
             entry = {"step": step + 1, "tokens": (step + 1) * config.batch * length, "loss": sum(losses) / len(losses)}
             history.append(entry | {"valid": held_out})
@@ -201,10 +209,36 @@ def by_position(losses: Float[Tensor, "blocks length"], bins: int = 16) -> pl.Da
     return pl.DataFrame({"position": middles, "nats": [float(part.mean()) for part in parts]})
 
 
-def sweep(run: Callable[[float], PretrainRun], rates: Sequence[float]) -> tuple[float, dict[float, float]]:
-    """(the rate of least validation loss at the end, that loss by rate)."""
-    found = {rate: run(rate).history[-1]["valid"] for rate in rates}
-    finite = {rate: loss for rate, loss in found.items() if math.isfinite(loss)}
+def run_job(
+    config: PretrainConfig,
+    text: str,
+    folder: str,
+    device: str,
+    arm: str,
+    learning_rate: float,
+    seed: int,
+    tokens: int,
+) -> list[dict[str, int | float]]:
+    """`pretrain` for `launch.each`, on the text of a folder: the history; the model is kept, see `model_of`."""
+    source = Text.load(Path(text))
+    blocks, valid = (source.blocks(split, config.block_tokens) for split in ("train", "val"))
+    kept = model_of(folder, arm, learning_rate, seed, tokens)
+    run = pretrain(
+        config, arm, blocks, valid[spread(len(valid), config.valid_blocks)], learning_rate=learning_rate, seed=seed,
+        tokens=tokens, device=device, checkpoint=kept.with_suffix(".safetensors"),
+    )  # fmt: skip
+    run.model.save(kept)
+    return run.history
+
+
+def model_of(folder: str, arm: str, learning_rate: float, seed: int, tokens: int) -> Path:
+    """Where a job leaves its model."""
+    return Path(folder) / f"{arm}-{learning_rate:g}-{seed}-{tokens}"
+
+
+def best_rate(losses: Mapping[float, float]) -> float:
+    """The rate of least validation loss. Raises InputError where none trains."""
+    finite = {rate: loss for rate, loss in losses.items() if math.isfinite(loss)}
     if not finite:
-        raise InputError(f"No learning rate of {list(rates)} trains: lower them.")
-    return min(finite, key=lambda rate: finite[rate]), found
+        raise InputError(f"No learning rate of {list(losses)} trains: lower them.")
+    return min(finite, key=lambda rate: finite[rate])
