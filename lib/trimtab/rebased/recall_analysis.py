@@ -114,6 +114,9 @@ def plot_accuracy(axis: Axes, runs: pl.DataFrame) -> None:
         axis.plot(means["per_pair"], means["accuracy"], color=colour, linewidth=1.4, label=arm)
         axis.scatter(rows["per_pair"], rows["accuracy"], color=colour, s=16, zorder=3)
     axis.set(xlabel="numbers of state for each pair", ylabel="accuracy on held-out rows", ylim=(0, 1.02), xscale="log")
+    states = best.filter(pl.col("state") > 0)["per_pair"].unique().sort().to_list()
+    axis.set_xticks(states, [f"{state:.0f}" for state in states])
+    axis.minorticks_off()
     axis.set_title("Recall against state")
     axis.legend(fontsize=8)
 
