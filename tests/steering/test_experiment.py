@@ -199,11 +199,18 @@ class TestControls:
         policy = Policy(wrapped, {})
         questions = replace(bench.held_out["sum"], task=Obliging(name="obliging", instruction=""))
         token = int(bench.tokenizer("a")["input_ids"][-1])
-        ranking = controls.best_prefix(bench, policy, questions, [token, 50, 60])
-        assert ranking["accuracy"].is_sorted(descending=True)
-        for tried, _, accuracy in ranking.iter_rows():
-            prompts = [[*prompt, tried] for prompt in questions.prompts]
-            by_hand = bench.right(policy, replace(questions, prompts=prompts))
+        candidates = [token, *range(50, 50 + controls.FINALISTS)]
+        ranking = controls.best_prefix(bench, policy, questions, candidates)
+        assert sorted(ranking["token"]) == sorted(candidates)
+        whole, first = ranking.head(controls.FINALISTS), ranking.tail(1)
+        assert whole["accuracy"].is_sorted(descending=True)
+        assert whole["questions"].unique().to_list() == [len(questions.items)]
+        assert first["questions"].item() == -(-len(questions.items) // 4)
+        for tried, text, number, accuracy in ranking.iter_rows():
+            assert text == bench.decode([tried])
+            some = questions.sample(number)
+            prompts = [[*prompt, tried] for prompt in some.prompts]
+            by_hand = bench.right(policy, replace(some, prompts=prompts))
             assert accuracy == pytest.approx(sum(by_hand) / len(by_hand))
 
 
