@@ -59,7 +59,7 @@ def _with_prefixes(bench: Bench, policy: Policy, questions: Questions, candidate
     """All candidates before all questions at once, for a batch of few rows takes as long as one of many."""
     n = len(questions.items)
     prompts = [[*prompt, token] for token in candidates for prompt in questions.prompts]
-    asked = replace(questions, items=questions.items * len(candidates), prompts=prompts)
+    asked = replace(questions, items=[*questions.items] * len(candidates), prompts=prompts)
     right = torch.tensor(bench.right(policy, asked)).view(len(candidates), n).mean(dim=1).tolist()
     texts = [bench.decode([token]) for token in candidates]
     columns = {"token": list(candidates), "text": texts, "questions": n, "accuracy": right}
