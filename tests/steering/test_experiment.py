@@ -159,7 +159,7 @@ def test_a_random_reward_pays_as_often_but_for_nothing(bench):
     honest = replace(bench, questions=coin.questions)
     policy, chosen = bench.build().policy, list(range(12))
     drawn = rollout(
-        policy, [bench.questions.prompts[i] for i in chosen], group=20, max_new_tokens=8, temperature=1.0,
+        policy, [bench.questions.prompts[i] for i in chosen], group=100, max_new_tokens=8, temperature=1.0,
         end=ENDS[::8], generator=torch.Generator().manual_seed(0),
     )  # fmt: skip
     right, tossed = honest.reward(0)(chosen, drawn), coin.reward(0)(chosen, drawn)
