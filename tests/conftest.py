@@ -15,7 +15,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trimtab.activations import ActivationCache, ActivationsConfig, write_cache
+from trimtab.activations import ActivationCache
+from trimtab.activations.writing import ActivationsConfig, write_cache
 from trimtab.corpus import Blocks, CorpusConfig, split_documents, token_blocks
 from trimtab.interventions import wrap
 from trimtab.texts import DOCUMENTS

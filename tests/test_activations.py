@@ -13,7 +13,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from trimtab.activations import OUTLIER_FACTOR, ActivationCache, ActivationsConfig, write_cache
+from trimtab.activations import ActivationCache
+from trimtab.activations.writing import OUTLIER_FACTOR, ActivationsConfig, write_cache
 from trimtab.checkpoint import load_tensors
 from trimtab.corpus import Blocks
 from trimtab.errors import InputError
@@ -126,7 +127,7 @@ CODE = """
 import sys, torch
 from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trimtab.activations import ActivationsConfig, write_cache
+from trimtab.activations.writing import ActivationsConfig, write_cache
 from trimtab.corpus import Blocks
 from trimtab.interventions import wrap
 torch.set_num_threads(1)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 
-from trimtab.activations import ActivationsConfig
+from trimtab.activations.writing import ActivationsConfig
 from trimtab.corpus import CorpusConfig
 from trimtab.pipeline.fetch import FetchConfig
 from trimtab.pipeline.parameters import collect, declared_parameters

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
+from scipy import special
 
 from trimtab.errors import InputError
 
@@ -81,7 +81,7 @@ def seeds_and_groups(
     if not squares.any():
         return effect, effect, effect
     freedom = squares.sum() ** 2 / (squares**2 / [seeds - 1, max(1, groups - 1)]).sum()
-    half = float(stats.t.ppf(0.975, freedom) * np.sqrt(squares.sum()))
+    half = float(special.stdtrit(freedom, 0.975) * np.sqrt(squares.sum()))
     return effect, effect - half, effect + half
 
 
@@ -100,7 +100,7 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, -np.inf, np.inf
-    half = float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = float(special.stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
 
 

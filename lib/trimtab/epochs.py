@@ -1,19 +1,20 @@
 """Which items a step takes: each once an epoch, in an order of the epoch's own, so that any step can be taken alone."""
 
+from functools import lru_cache
+
 import torch
+from torch import Tensor
 
 
 def batch_of(number: int, size: int, total: int, seed: int) -> list[int]:
     """Which of `total` items the step of this number (from 1) takes, `size` of them."""
-    orders: dict[int, list[int]] = {}
-    chosen = []
-    for place in range((number - 1) * size, number * size):
-        epoch, within = divmod(place, total)
-        if epoch not in orders:
-            generator = torch.Generator().manual_seed(mix(seed, -1 - epoch))
-            orders[epoch] = torch.randperm(total, generator=generator).tolist()
-        chosen.append(orders[epoch][within])
-    return chosen
+    places = [divmod(place, total) for place in range((number - 1) * size, number * size)]
+    return [int(_order(epoch, total, seed)[within]) for epoch, within in places]
+
+
+@lru_cache(maxsize=2)  # a step may reach from one epoch into the next
+def _order(epoch: int, total: int, seed: int) -> Tensor:
+    return torch.randperm(total, generator=torch.Generator().manual_seed(mix(seed, -1 - epoch)))
 
 
 def mix(seed: int, number: int) -> int:

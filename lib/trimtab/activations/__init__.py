@@ -1,4 +1,5 @@
-"""The activation cache: written once through the model, resumable, and from then on read without model or text.
+"""The activation cache: written once through the model (`activations.writing`), resumable, and from then on read
+without model or text.
 
 A cache is a folder of one split:
 
@@ -17,6 +18,5 @@ mean square per dimension. Caches of other splits take threshold, mean and scale
 """
 
 from trimtab.activations.reading import ActivationCache, SiteStatistics
-from trimtab.activations.writing import OUTLIER_FACTOR, ActivationsConfig, write_cache
 
-__all__ = ["OUTLIER_FACTOR", "ActivationCache", "ActivationsConfig", "SiteStatistics", "write_cache"]
+__all__ = ["ActivationCache", "SiteStatistics"]

@@ -24,6 +24,8 @@ def run(
     cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None,
 ) -> None:
     """Execute a notebook with sections of params.yaml, and keep it as a record."""
+    # nbformat's validator would build a grammar of IRIs, which takes a second and serves no notebook.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     from trimtab.pipeline.run import run_notebook
 
     code = run_notebook(

@@ -104,9 +104,10 @@ class _OwnKernel(KernelSpecManager):
 class _KernelManager(AsyncKernelManager):
     def __init__(self, **options: Any) -> None:
         super().__init__(**options)
-        # A unix socket's path may hold 107 bytes: make a short one, whatever TMPDIR says.
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' are widgets, with random ids in a record
         # Large tensors come and go at every step: with huge pages that costs a fraction. glibc's; others ignore it.
         os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
+        # A unix socket's path may hold 107 bytes: make a short one, whatever TMPDIR says.
         self.socket_folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp" if Path("/tmp").is_dir() else None))
         self.kernel_spec_manager = _OwnKernel()
         self.transport = "ipc"

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import transformers
 from filelock import FileLock, Timeout
 from IPython.display import Markdown, display
 
@@ -27,7 +26,6 @@ def begin(namespace: Mapping[str, Any]) -> "Stage":
     Reads `seed`, `threads` and `device` (cpu | cuda | auto) of the parameters cell.
     """
     os.chdir(project_root())
-    transformers.utils.logging.disable_progress_bar()  # a widget in a record, with an id that is random
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     seed, wanted = int(namespace["seed"]), namespace["device"]
     torch.set_num_threads(int(namespace["threads"]))

@@ -39,7 +39,7 @@ class _RoomyLayer(DynamicLayer):
         new = old + key_states.shape[2]
         if new > self.length:
             raise ValueError(f"The cache has room for {self.length} positions, not for {new}.")
-        self.keys, self.values = self._keys[:, :, :new], self._values[:, :, :new]
+        self._show(new)
         self.keys[:, :, old:], self.values[:, :, old:] = key_states, value_states
         return self.keys, self.values
 
@@ -47,7 +47,7 @@ class _RoomyLayer(DynamicLayer):
         """Each sequence `repeats` times; the room is taken anew."""
         keys, values, length = self.keys, self.values, self.get_seq_length()
         self._allocate(keys, values, repeats)
-        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+        self._show(length)
         for copies, one in ((self.keys, keys), (self.values, values)):
             copies.unflatten(0, (-1, repeats)).copy_(one[:, None].expand(-1, repeats, -1, -1, -1))
 
@@ -57,9 +57,12 @@ class _RoomyLayer(DynamicLayer):
         for room in (self._keys, self._values):
             room[:kept, :, :length] = room[indices, :, :length]
         self._keys, self._values = self._keys[:kept], self._values[:kept]
-        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]
+        self._show(length)
 
     def _allocate(self, keys: Tensor, values: Tensor, repeats: int = 1) -> None:
         batch, heads = keys.shape[0] * repeats, keys.shape[1]
         self._keys = keys.new_empty(batch, heads, self.length, keys.shape[3])
         self._values = values.new_empty(batch, heads, self.length, values.shape[3])
+
+    def _show(self, length: int) -> None:
+        self.keys, self.values = self._keys[:, :, :length], self._values[:, :, :length]

@@ -46,7 +46,7 @@ def first_tokens(
 def best_prefix(bench: Bench, policy: Policy, questions: Questions, candidates: Sequence[int]) -> pl.DataFrame:
     """Accuracy of candidates as a forced first token: `token`, `text`, `questions` (how many were asked), `accuracy`.
 
-    All are tried on the first quarter of the questions, the best `FINALISTS` of them on all; these come first, the best
+    All are tried on a quarter of the questions, the best `FINALISTS` of them on all; these come first, the best
     at the top.
     """
     quarter = questions.sample(-(-len(questions.items) // 4))

@@ -18,6 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from trimtab.threads import as_torch
+
 TILE = 64
 """Columns to a tile: four 512-bit registers of fp32."""
 GROUPS = 256
@@ -39,7 +41,7 @@ def select(pre: Float[Tensor, "batch latents"], k: int) -> tuple[Float[Tensor, "
     infinity = bits.dtype.type(0x7F800000 >> shift)
     values = torch.empty(len(pre), k)
     indices = torch.empty(len(pre), k, dtype=torch.int64)
-    _threads()
+    as_torch()
     _select(bits, infinity, shift, k, max(GROUPS, 2 * k), values.view(torch.int32).numpy(), indices.numpy())
     return values, indices
 
@@ -59,7 +61,7 @@ def prefix_gradients(
     d_values = torch.zeros(tiles, *values.shape, dtype=dtype)
     d_W, d_b = torch.zeros(W_dec.shape, dtype=dtype), torch.zeros(b_dec.shape, dtype=dtype)
     losses = torch.zeros(tiles, dtype=torch.float64)
-    _threads()
+    as_torch()
     _prefixes(*arrays, _indices(indices), d_values.numpy(), d_W.numpy(), d_b.numpy(), losses.numpy())
     return losses.sum().to(dtype), d_values.sum(0), d_W, d_b
 
@@ -74,22 +76,13 @@ def scatter_rows(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(latents, x.shape[1], dtype=dtype)
     arrays = [t.detach().to(dtype).contiguous().numpy() for t in (coefficients, x)]
-    _threads()
+    as_torch()
     _scatter(*arrays, _indices(indices), out.numpy())
     return out
 
 
 def _indices(indices: Tensor) -> np.ndarray:
     return indices.detach().long().contiguous().numpy()
-
-
-def _threads() -> None:
-    """Give numba as many threads as torch has. Its OpenMP layer is torch's too, and resets torch's number when numba
-    starts, which is at the first call of `set_num_threads`."""
-    wanted = torch.get_num_threads()
-    nb.set_num_threads(min(wanted, nb.config.NUMBA_NUM_THREADS))
-    if torch.get_num_threads() != wanted:
-        torch.set_num_threads(wanted)
 
 
 def _select_by_sorting(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
