@@ -90,6 +90,7 @@ def smoke(tmp_path_factory) -> Path:
     """A clean copy in which `dvc repro` has just run everything."""
     target = tmp_path_factory.mktemp("smoke") / "project"
     copy_project(ROOT, target, "smoke")
+    set_parameter(target, "base", "threads", 1)  # the tests run two things side by side
     stages = ran(repro(target))
     assert (stages[:2], stages[-1]) == (["fetch", "corpus"], "report")
     assert sorted(stages[2:-1]) == sorted(STAGES)
