@@ -91,6 +91,8 @@ def smoke(tmp_path_factory) -> Path:
     target = tmp_path_factory.mktemp("smoke") / "project"
     copy_project(ROOT, target, "smoke")
     set_parameter(target, "base", "threads", 1)  # the tests run two things side by side
+    identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
+    subprocess.run(["git", *identity, "commit", "--quiet", "--all", "-m", "one thread"], cwd=target, check=True)
     stages = ran(repro(target))
     assert (stages[:2], stages[-1]) == (["fetch", "corpus"], "report")
     assert sorted(stages[2:-1]) == sorted(STAGES)
@@ -134,13 +136,15 @@ def test_git_sees_only_what_is_meant_to_be_committed(smoke):
 
 
 def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke):
-    old = set_parameter(smoke, "steering_controls", "prefixes", 3)
+    old = set_parameter(smoke, "activations_random", "train_tokens", 5000)
     stages = ran(repro(smoke))
-    assert stages == ["steering_controls", "steering_compare", "report"]
-    set_parameter(smoke, "steering_controls", "prefixes", old)
+    random = ["sae_random@hierarchical-64", "sae_random@topk-64"]
+    assert sorted(stages[:-1]) == ["activations_random", "sae_interpret", "sae_probe", *random]
+    assert stages[-1] == "report"
+    set_parameter(smoke, "activations_random", "train_tokens", old)
     output = repro(smoke)
     assert ran(output) == ["report"], output  # its page is committed, not cached; no notebook ran
-    assert output.count("is cached - skipping run") == 2
+    assert output.count("is cached - skipping run") == 5
 
 
 def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
