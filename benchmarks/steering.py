@@ -18,7 +18,6 @@ import dataclasses
 import datetime
 import json
 import os
-import random
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -29,7 +28,7 @@ from typing import Any
 import polars as pl
 import torch
 from contenders import report, steering_report
-from contenders.turns import Worker, command_line, need_peers, threads_of
+from contenders.turns import Worker, command_line, need_peers, take_turns, threads_of
 from tqdm import tqdm
 
 from trimtab.epochs import batch_of
@@ -95,19 +94,6 @@ def measure(contenders: list[Contender], job: dict[str, Any], questions: Path, r
         row |= {"length": median(update["length"] for update in updates)} | peaks[name]
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     return rows
-
-
-def take_turns(workers: list[Worker], title: str, rounds: int) -> tuple[dict[str, list], dict[str, dict]]:
-    """(updates by name, one for each round; memory by name), after a warm-up update each."""
-    for worker in tqdm(workers, desc=f"{title} warm-up"):
-        for answer in (worker.answer, lambda w=worker: w.ask("update"), lambda w=worker: w.ask("reset")):
-            answer()
-    taken: dict[str, list] = {worker.name: [] for worker in workers}
-    chance = random.Random(0)
-    for _ in tqdm(range(rounds), desc=title):
-        for worker in chance.sample(workers, len(workers)):
-            taken[worker.name].append(worker.ask("update"))
-    return taken, {worker.name: worker.ask("peak") for worker in workers}
 
 
 def curves(job: dict[str, Any], folder: Path, seeds: list[int]) -> pl.DataFrame:

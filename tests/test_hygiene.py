@@ -20,6 +20,7 @@ from trimtab.pipeline.scales import compose
 from trimtab.rebased.mqar_training import MQARConfig
 from trimtab.rebased.pretraining import PretrainConfig
 from trimtab.rebased.text import TextConfig
+from trimtab.repetition.config import CompareConfig, RepetitionConfig
 from trimtab.sae import SAEConfig
 from trimtab.sae.interpretability import InterpretConfig
 from trimtab.sae.probing import ProbeConfig
@@ -45,6 +46,8 @@ CONFIGURATIONS = {
     "mqar": MQARConfig,
     "pretrain_text": TextConfig,
     "pretrain": PretrainConfig,
+    "repetition": RepetitionConfig,
+    "repetition_compare": CompareConfig,
 }
 NOT_FIELDS = {"arms", "arm"}
 """Keys of a section that choose among what other stages made; checked where the stage opens it."""

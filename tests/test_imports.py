@@ -20,6 +20,9 @@ MODULES = [
     "files",
     "launch",
     "rebased",
+    "repetition.training",
+    "repetition.reading",
+    "repetition.evaluation",
 ]
 TOOLS = [
     "dvc",

@@ -2,10 +2,13 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 PEERS = Path(os.environ.get("TRIMTAB_PEERS", FOLDER.parents[1] / ".venv-peers")) / "bin/python"
@@ -50,3 +53,16 @@ class Worker:
     def close(self) -> None:
         self.process.stdin.close()
         self.process.wait()
+
+
+def take_turns(workers: list[Worker], title: str, rounds: int) -> tuple[dict[str, list], dict[str, dict]]:
+    """(updates by name, one for each round; memory by name), after a warm-up update each."""
+    for worker in tqdm(workers, desc=f"{title} warm-up"):
+        for answer in (worker.answer, lambda w=worker: w.ask("update"), lambda w=worker: w.ask("reset")):
+            answer()
+    taken: dict[str, list] = {worker.name: [] for worker in workers}
+    chance = random.Random(0)
+    for _ in tqdm(range(rounds), desc=title):
+        for worker in chance.sample(workers, len(workers)):
+            taken[worker.name].append(worker.ask("update"))
+    return taken, {worker.name: worker.ask("peak") for worker in workers}

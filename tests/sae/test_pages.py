@@ -10,9 +10,10 @@ import torch
 from trimtab.activations import ActivationCache
 from trimtab.errors import InputError
 from trimtab.interventions import capture, wrap
+from trimtab.markup import escaped, visible
 from trimtab.sae import SAE
 from trimtab.sae.contexts import Contexts
-from trimtab.sae.pages import Context, Feature, Features, Piece, card, escaped, latents_in, pieces, table, visible
+from trimtab.sae.pages import Context, Feature, Features, Piece, card, latents_in, pieces, table
 
 SITE, K = 1, 6
 HOSTILE = '<script>alert("1")</script> \x1b[31mred\x1b[0m \u202eabc\u202c \u200b\u2066 & \' "quoted" \x00\x9b'

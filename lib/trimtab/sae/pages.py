@@ -2,11 +2,9 @@
 
 A card is one piece of HTML with inline styles only, which JupyterLab's sanitiser lets through, no scripts and nothing
 fetched. It sets no text colour and no opaque background, so that it can be read in light and dark themes. All text
-of documents and tokens passes through `visible` and is escaped.
+of documents and tokens passes through `markup.escaped`.
 """
 
-import html
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
 from trimtab.interventions import capture, device_of, direct_logits
+from trimtab.markup import escaped
 from trimtab.sae.contexts import Contexts, Example
 from trimtab.sae.model import SAE
 
@@ -31,8 +30,6 @@ LISTED = 8
 """Contexts, tokens and neighbours on a card."""
 LONGEST = 512
 """Tokens of a typed text that are read at most."""
-JOINERS = "\u200c\u200d"
-"""Format characters that scripts and emoji need, and that change nothing beyond their neighbours."""
 
 
 class Piece(NamedTuple):
@@ -146,27 +143,6 @@ def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
     """A token alone; one that is only part of a character in the tokenizer's own spelling."""
     text = str(tokenizer.decode([token]))
     return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
-
-
-def visible(text: str) -> str:
-    """The text with white space and control characters made visible, and nothing left that would reorder or hide its
-    surroundings (terminal escapes, bidirectional marks, zero-width characters)."""
-
-    def show(character: str) -> str:
-        if character in "\n\t":
-            return {"\n": "↵", "\t": "⇥"}[character]
-        if ord(character) < 0x20:
-            return chr(0x2400 + ord(character))
-        if character == " " or character in JOINERS or unicodedata.category(character)[0] not in "CZ":
-            return character
-        return f"[U+{ord(character):04X}]"
-
-    return "".join(map(show, text))
-
-
-def escaped(text: str) -> str:
-    """`visible`, as HTML text or the value of an attribute."""
-    return html.escape(visible(text), quote=True)
 
 
 def card(feature: Feature) -> str:

@@ -1,0 +1,28 @@
+"""Text of documents and models made fit for a page: nothing in it is markup, hidden, or moves its surroundings."""
+
+import html
+import unicodedata
+
+JOINERS = "\u200c\u200d"
+"""Format characters that scripts and emoji need, and that change nothing beyond their neighbours."""
+
+
+def visible(text: str) -> str:
+    """The text with white space and control characters made visible, and nothing left that would reorder or hide its
+    surroundings (terminal escapes, bidirectional marks, zero-width characters)."""
+
+    def show(character: str) -> str:
+        if character in "\n\t":
+            return {"\n": "↵", "\t": "⇥"}[character]
+        if ord(character) < 0x20:
+            return chr(0x2400 + ord(character))
+        if character == " " or character in JOINERS or unicodedata.category(character)[0] not in "CZ":
+            return character
+        return f"[U+{ord(character):04X}]"
+
+    return "".join(map(show, text))
+
+
+def escaped(text: str) -> str:
+    """`visible`, as HTML text or the value of an attribute."""
+    return html.escape(visible(text), quote=True)

@@ -1,0 +1,1 @@
+"""Repetition in generated text: metrics, unlikelihood, policy gradient, decoding."""

@@ -1,0 +1,140 @@
+"""The arms: which updates a run is made of, and what of the model they train."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor
+
+from trimtab.epochs import mix
+from trimtab.errors import InputError
+from trimtab.interventions import steer, wrap
+from trimtab.pretrained import load_model, load_tokenizer
+from trimtab.rl.policy import FullPolicy, Policy
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
+
+Kind = Literal["likelihood", "likelihood+tokens", "unlikelihood", "policy", "both"]
+"""Of an update: likelihood of a block of text, the same with token unlikelihood, sequence unlikelihood of rollouts,
+policy gradient on rollouts, or the last two from one pass over the same rollouts."""
+
+
+VECTORS = "vectors"
+"""Name of the trained tensor of steering arms, [layers, d_model]."""
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Shares of the kinds of update, together 1: the published code's effective shares, where it flips one coin for the
+    policy gradient and, if that fails, another for unlikelihood."""
+
+    shares: Mapping[Kind, float]
+
+    def __post_init__(self) -> None:
+        if min(self.shares.values()) < 0 or abs(sum(self.shares.values()) - 1) > 1e-9:
+            raise InputError(f"Shares of updates must be at least 0 and together 1, not {dict(self.shares)}.")
+
+    def schedule(self, updates: int, seed: int) -> list[Kind]:
+        """The kind of every update, in random order: as many of each as its share says, to within one (by the largest
+        remainders), so that short runs of two arms do not differ by the luck of coins."""
+        exact = {kind: share * updates for kind, share in self.shares.items()}
+        counts = {kind: int(value) for kind, value in exact.items()}
+        by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+        for kind in by_remainder[: updates - sum(counts.values())]:
+            counts[kind] += 1
+        kinds = [kind for kind, count in counts.items() for _ in range(count)]
+        generator = torch.Generator().manual_seed(mix(seed, 1))
+        return [kinds[i] for i in torch.randperm(len(kinds), generator=generator).tolist()]
+
+
+OBJECTIVES: Mapping[str, Mix] = {
+    "likelihood": Mix({"likelihood": 1.0}),
+    "unlikelihood-token": Mix({"likelihood+tokens": 1.0}),
+    "unlikelihood": Mix({"unlikelihood": 0.5, "likelihood": 0.5}),
+    "policy": Mix({"policy": 0.5, "likelihood": 0.5}),
+    "implicit": Mix({"policy": 0.25, "unlikelihood": 0.1875, "likelihood": 0.5625}),
+    "implicit-joint": Mix({"both": 0.4375, "likelihood": 0.5625}),
+    "implicit-shuffled": Mix({"policy": 0.25, "unlikelihood": 0.1875, "likelihood": 0.5625}),
+}
+"""By name. `implicit` is the paper's; `implicit-joint` takes both terms from the same rollouts; `implicit-shuffled` is
+its control, whose rewards are dealt out at random within the batch."""
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training: an objective, and with `-steering` or `-lora-R` what is trained instead of every weight."""
+
+    name: str
+
+    def __post_init__(self) -> None:
+        if self._match() is None:
+            raise InputError(
+                f"{self.name!r} is not an arm: write one of {', '.join(OBJECTIVES)}, alone or followed by -steering "
+                "or -lora-R."
+            )
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def objective(self) -> str:
+        """A name of `OBJECTIVES`."""
+        match = self._match()
+        assert match
+        return match[1]
+
+    @property
+    def mix(self) -> Mix:
+        """Its shares of updates."""
+        return OBJECTIVES[self.objective]
+
+    @property
+    def shuffled(self) -> bool:
+        """Whether rewards say nothing about the continuations."""
+        return self.objective == "implicit-shuffled"
+
+    @property
+    def full(self) -> bool:
+        """Whether every weight is trained."""
+        return self.name == self.objective
+
+    def policy(self, folder: str, *, dtype: str, device: str, seed: int = 0) -> Policy:
+        """A fresh policy of the model in a folder, at the base model's behaviour. `seed`: of LoRA's random factors."""
+        wrapped = frozen_model(folder, dtype=dtype, device=device)
+        if self.full:
+            return FullPolicy(wrapped)
+        if self.name.endswith("-steering"):
+            layers, width = wrapped._module.config.num_hidden_layers, wrapped._module.config.hidden_size
+            vectors = torch.zeros(layers, width, device=device)
+            return Policy(steer(wrapped, range(layers), lambda: vectors), {VECTORS: vectors}, wrapped)
+        match = self._match()
+        assert match
+        return Policy(wrapped, _adapters(wrapped, int(match[3]), seed), wrapped)
+
+    def _match(self) -> re.Match[str] | None:
+        # Longest first: implicit-shuffled is not implicit followed by something.
+        objectives = "|".join(sorted(OBJECTIVES, key=len, reverse=True))
+        return re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d*))?", self.name)
+
+
+def frozen_model(folder: str, *, dtype: str, device: str) -> "TransformersModel":
+    """The model in a folder under nnsight, none of its weights trained."""
+    model = load_model(folder, dtype=dtype, device=device)
+    model.requires_grad_(False)
+    return wrap(model, load_tokenizer(folder))
+
+
+def _adapters(wrapped: "TransformersModel", rank: int, seed: int) -> dict[str, Tensor]:
+    """LoRA on all linear layers of the blocks, alpha = rank, in fp32; its tensors by name."""
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, wrapped._module)
+    trained = {name: p for name, p in wrapped._module.named_parameters() if "lora_" in name}
+    for parameter in trained.values():
+        parameter.data = parameter.data.float()
+    return trained

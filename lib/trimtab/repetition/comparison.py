@@ -1,0 +1,196 @@
+"""Arms compared on the same held-out prefixes and rows of text: means by group, differences under resampling."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from jaxtyping import Float
+
+from trimtab.claims import ratio_terms, seeds_and_groups
+from trimtab.errors import InputError
+from trimtab.repetition.arms import Arm
+from trimtab.repetition.experiment import UNTRAINED
+from trimtab.repetition.ngrams import seq_rep
+
+NEEDED = (UNTRAINED, "likelihood", "unlikelihood", "implicit", "implicit-steering")
+"""Arms that the claims are about."""
+HUMAN = "human"
+"""What people wrote after the same prefixes, beside the arms."""
+Weights = Float[np.ndarray, " groups"]
+"""A weight for each group: ones, or the counts of a bootstrap sample."""
+Interval = tuple[float, float, float]
+"""(effect, low, high)"""
+
+
+def check_arms(arms: Sequence[str]) -> None:
+    """Raise InputError for a name that is no arm, and where one that a claim needs is missing."""
+    for arm in arms:
+        if arm != UNTRAINED:
+            Arm(arm)
+    missing = [arm for arm in NEEDED if arm not in arms]
+    if missing:
+        raise InputError(f"repetition_compare: arms must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
+
+
+def read_table(trained: Path, arms: Sequence[str], name: str) -> pl.DataFrame:
+    """`NAME.parquet` of every arm, with a column `arm`. Raises InputError for a missing file."""
+    tables = []
+    for arm in arms:
+        path = trained / arm / f"{name}.parquet"
+        if not path.is_file():
+            raise InputError(f"{path} is missing: run `dvc repro repetition@{arm}`.")
+        tables.append(pl.read_parquet(path).select(pl.lit(arm).alias("arm"), pl.all()))
+    return pl.concat(tables)
+
+
+def read_texts(trained: Path, arms: Sequence[str]) -> pl.DataFrame:
+    """Continuations of every arm, and the human ones as arm and decoder `human`; `seq_rep_1` to `seq_rep_4` are
+    added."""
+    texts = pl.concat(
+        [read_table(trained, arms, "texts"), read_table(trained, [UNTRAINED], "human").with_columns(arm=pl.lit(HUMAN))]
+    )
+    tokens = torch.from_numpy(np.stack(texts["tokens"].to_list())).long()
+    return texts.with_columns(pl.Series(f"seq_rep_{n}", seq_rep(tokens, n).numpy()) for n in (1, 2, 3, 4))
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A mean for each arm and training seed, as sums and counts over groups of documents, the unit that is resampled.
+    What was not trained is the same for every seed; trained arms are paired seed by seed."""
+
+    sums: Mapping[str, Float[np.ndarray, "seeds groups"]]
+    counts: Float[np.ndarray, " groups"]
+
+    @classmethod
+    def of(cls, table: pl.DataFrame, value: str, count: str | None = None) -> "Grouped":
+        """From rows with `arm`, `seed`, `group` and `value`, a mean over rows, or over what `count` counts, of which
+        `value` is the sum. Raises InputError unless all arms were read on the same texts with the same seeds."""
+        if table.is_empty():
+            raise InputError("There is nothing to compare: no arm was read.")
+        number = pl.len().cast(pl.Float64) if count is None else pl.col(count).sum().cast(pl.Float64)
+        summed = table.group_by("arm", "seed", "group").agg(pl.col(value).sum().alias("sum"), number.alias("count"))
+        order = {arm: i for i, arm in enumerate(table["arm"].unique(maintain_order=True))}
+        summed = summed.with_columns(pl.col("arm").replace_strict(order).alias("order")).sort("order", "seed", "group")
+        seeds = int(summed.group_by("arm").agg(pl.col("seed").n_unique())["seed"].max())  # type: ignore[arg-type]
+        sums: dict[str, np.ndarray] = {}
+        counts = np.empty(0)
+        for (arm,), rows in summed.group_by("arm", maintain_order=True):
+            of_arm = rows["seed"].n_unique()
+            if len(rows) % of_arm or of_arm not in (1, seeds):
+                raise InputError(f"{arm} was not read with the seeds and texts of the others.")
+            here = rows["count"].to_numpy().reshape(of_arm, -1)
+            counts = here[0] if not sums else counts
+            if here.shape[1] != len(counts) or (here != counts).any():
+                raise InputError(f"{arm} was not read with the seeds and texts of the others.")
+            sums[str(arm)] = np.repeat(rows["sum"].to_numpy().reshape(of_arm, -1), seeds // of_arm, axis=0)
+        return cls(sums, counts)
+
+    @property
+    def seeds(self) -> int:
+        """Training seeds."""
+        return len(next(iter(self.sums.values())))
+
+    @property
+    def groups(self) -> int:
+        """Groups of documents."""
+        return len(self.counts)
+
+    @property
+    def n(self) -> str:
+        """For a verdict."""
+        return f"{self.seeds} seeds, {self.groups} groups of documents"
+
+    def mean(self, arm: str, seed: int | None = None, weights: Weights | None = None) -> float:
+        """Of one training seed, or over all."""
+        at = np.ones(self.groups) if weights is None else weights
+        rows = self.sums[arm] if seed is None else self.sums[arm][[seed]]
+        return float((rows @ at).mean() / (self.counts @ at))
+
+    def apart(self, arm: str, other: str, seed: int, weights: Weights) -> float:
+        """mean(arm) - mean(other)"""
+        return self.mean(arm, seed, weights) - self.mean(other, seed, weights)
+
+    def difference(self, arm: str, other: str, *, seed: int = 0) -> Interval:
+        """Of means; see `claims.seeds_and_groups`."""
+        return self._interval(partial(self.apart, arm, other), seed)
+
+    def level(self, arm: str, *, seed: int = 0) -> Interval:
+        """A mean with its interval."""
+        return self._interval(partial(self.mean, arm), seed)
+
+    def relative(self, arm: str, other: str, *, seed: int = 0) -> Interval:
+        """exp(mean(arm) - mean(other)) - 1: of perplexities, where means are nats a token."""
+        return self._interval(lambda s, w: float(np.expm1(self.apart(arm, other, s, w))), seed)
+
+    def removed(self, arm: str, other: str, base: str, *, seed: int = 0) -> Interval:
+        """(mean(base) - mean(arm)) / (mean(base) - mean(other)): the share of what the other removes. Unbounded unless
+        the other removes something with its whole interval; see `claims.ratio_terms`."""
+
+        def share(s: int, weights: Weights) -> float:
+            mine, whole = ([self.apart(base, each, i, weights) for i in range(self.seeds)] for each in (arm, other))
+            return float(ratio_terms(mine, whole)[s])
+
+        effect, low, high = self._interval(share, seed)
+        return (effect, low, high) if self.difference(base, other, seed=seed)[1] > 0 else (effect, -np.inf, np.inf)
+
+    def _interval(self, statistic, seed: int) -> Interval:  # type: ignore[no-untyped-def]
+        return seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
+
+
+def worst_difference(readings: Sequence[Grouped], arm: str, other: str, *, seed: int = 0) -> Interval:
+    """The largest of mean(arm) - mean(other) over several readings of the same texts (decoders), resampled together."""
+
+    def statistic(s: int, weights: Weights) -> float:
+        return max(reading.apart(arm, other, s, weights) for reading in readings)
+
+    first = readings[0]
+    return seeds_and_groups(statistic, seeds=first.seeds, groups=first.groups, seed=seed)
+
+
+def by_decoder(
+    texts: pl.DataFrame, domain: str, decoders: Sequence[str], value: str = "seq_rep_4"
+) -> dict[str, Grouped]:
+    """A reading for each decoder, of the arms that it was tried on, and of the human continuations."""
+    here = texts.filter(pl.col("domain") == domain)
+    return {
+        decoder: Grouped.of(here.filter(pl.col("decoder").is_in([decoder, HUMAN])), value)
+        for decoder in decoders
+        if len(here.filter(pl.col("decoder") == decoder))
+    }
+
+
+def repetition_table(readings: Mapping[str, Grouped]) -> pl.DataFrame:
+    """Means over seeds: a row for each arm, a column for each decoder."""
+    arms = list(dict.fromkeys(arm for reading in readings.values() for arm in reading.sums))
+    columns = {
+        decoder: [reading.mean(arm) if arm in reading.sums else None for arm in arms]
+        for decoder, reading in readings.items()
+    }
+    return pl.DataFrame({"arm": arms} | columns)
+
+
+def perplexity_table(nats: Mapping[str, Grouped], *, seed: int = 0) -> pl.DataFrame:
+    """A row for each domain and arm: perplexity, and its change against the untrained model with the interval, in %."""
+    rows = []
+    for domain, reading in nats.items():
+        for arm in reading.sums:
+            change = [100 * each for each in reading.relative(arm, UNTRAINED, seed=seed)]
+            rows.append((domain, arm, float(np.exp(reading.mean(arm))), *change))
+    columns = ["domain", "arm", "perplexity", "change_percent", "low", "high"]
+    return pl.DataFrame(rows, schema=columns, orient="row")
+
+
+def to_score(texts: pl.DataFrame, domain: str, decoders: Sequence[str]) -> pl.DataFrame:
+    """The continuations whose quality is scored: greedy ones of every seed, those of the other decoders of the first
+    seed alone, of the untrained model those of every decoder that was tried on it alone, and the human ones."""
+    here = texts.filter(pl.col("domain") == domain)
+    trained = here.filter(~pl.col("arm").is_in([UNTRAINED, HUMAN]))
+    alone = set(here["decoder"]) - set(trained["decoder"]) if len(trained) else set()
+    first = pl.col("seed") == pl.col("seed").min().over("arm")
+    return here.filter((pl.col("decoder") == "greedy") | (pl.col("decoder").is_in([*decoders, *alone]) & first)).sort(
+        pl.col("arm") != HUMAN, maintain_order=True
+    )

@@ -1,0 +1,126 @@
+"""How an arm is trained against repetition, and how it is read."""
+
+from dataclasses import dataclass
+
+from trimtab.errors import InputError
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One run. The defaults are those of the published code, but for the sizes."""
+
+    updates: int = 100
+    """Optimiser steps, of all kinds together."""
+    prefixes: int = 6
+    """Rollouts of a policy-gradient or sequence unlikelihood update."""
+    prefix_tokens: int = 50
+    """Of the text that a continuation goes on from."""
+    tokens: int = 100
+    """Of a continuation; nothing ends it earlier."""
+    n: int = 4
+    """Length of the n-grams that reward and unlikelihood are about."""
+    rollout_temperature: float = 0.0
+    """0: greedy, the published recipe. It pushes the very continuations that loop, but the gradient of a score function
+    taken at the likeliest continuation is biased; 1 draws, and is not."""
+    reward_weight: float = 3.0
+    """Of the policy gradient."""
+    unlikelihood_weight: float = 1.0
+    """Of the unlikelihood loss, of sequences and of tokens (Welleck et al. 2020, alpha)."""
+    max_grad_norm: float = 10.0
+    """Policy gradients are scaled down to this norm; other updates are not, as published."""
+    weight_decay: float = 0.01
+    """AdamW's, on weight matrices."""
+    readings: int = 4
+    """Validations along a run, evenly spaced, the last at its end; the parameters of the best one are kept."""
+    rows: int = 1
+    """Sequences in one backward pass: as few as keep the processor busy."""
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "prefixes", "prefix_tokens", "tokens", "n", "readings", "rows"):
+            if getattr(self, name) < 1:
+                raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
+        if self.readings > self.updates:
+            raise InputError(f"repetition: readings must be at most updates = {self.updates}, not {self.readings}.")
+        if self.n > self.tokens:
+            raise InputError(f"repetition: a continuation of {self.tokens} tokens holds no {self.n}-gram.")
+        for name in ("rollout_temperature", "reward_weight", "unlikelihood_weight", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise InputError(f"repetition: {name} must not be negative, not {getattr(self, name)}.")
+        if self.max_grad_norm <= 0:
+            raise InputError(f"repetition: max_grad_norm must be positive, not {self.max_grad_norm}.")
+
+
+@dataclass(frozen=True)
+class RepetitionConfig(TrainingConfig):
+    """Section `repetition`: what every arm shares."""
+
+    learning_rates: tuple[float, ...] = (3e-5,)
+    """Grid of AdamW's learning rate for arms that train weights of the model, tried with the first seed ..."""
+    adapter_rate_factor: float = 100.0
+    """... and for steering vectors and LoRA the same grid times this."""
+    seeds: tuple[int, ...] = (0,)
+    """One full run each: a seed sets prefixes, blocks and the order of the kinds of update."""
+    domains: tuple[str, ...] = ("wikipedia", "sotu")
+    """Kinds of source that are read; the first is trained on, validated on, and decides."""
+    val_prefixes: int = 32
+    """Greedy continuations by which a learning rate is chosen."""
+    val_tokens: int = 8_000
+    """Of the text whose perplexity chooses the checkpoint."""
+    test_prefixes: int = 64
+    """Continuations of held-out text, for each decoder."""
+    other_prefixes: int = 32
+    """The same of each other domain, greedily alone."""
+    test_tokens: int = 16_000
+    """Of held-out text whose perplexity is read, of each domain."""
+    row_tokens: int = 1024
+    """Tokens of one such row, at most; no row crosses a document."""
+    decoders: tuple[str, ...] = ("greedy", "top-k-3", "top-k-8", "nucleus-0.3", "nucleus-0.9")
+    """How held-out prefixes are continued."""
+    once_decoders: tuple[str, ...] = ("beam-4",)
+    """Slow ones, for the first seed alone."""
+    base_decoders: tuple[str, ...] = ("penalty-1.2", "no-repeat-4", "dry", "contrastive-4-0.6")
+    """What one can do at decoding time alone: tried on the untrained model."""
+    sentences: int = 16
+    """Held-out sentences whose probability is read as they are repeated ..."""
+    repeats: int = 8
+    """... so many times."""
+    batch: int = 32
+    """Continuations decoded at a time."""
+    dtype: str = "bfloat16"
+    """What the model computes in; trained parameters are fp32."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("val_prefixes", "val_tokens", "test_prefixes", "test_tokens", "row_tokens", "batch", "repeats"):
+            if getattr(self, name) < 1:
+                raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
+        if min(self.other_prefixes, self.sentences) < 0:
+            raise InputError("repetition: other_prefixes and sentences must not be negative.")
+        if not self.learning_rates or min(self.learning_rates) <= 0 or self.adapter_rate_factor <= 0:
+            raise InputError("repetition: learning_rates and adapter_rate_factor must be positive.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise InputError(f"repetition: seeds must be distinct integers, not {list(self.seeds)}.")
+        if not self.domains:
+            raise InputError("repetition: domains must name at least one kind of source.")
+        if "greedy" not in self.decoders:
+            raise InputError("repetition: decoders must hold greedy, which the claims are about.")
+        if self.dtype not in ("bfloat16", "float32"):
+            raise InputError(f"repetition: dtype must be bfloat16 or float32, not {self.dtype!r}.")
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Section `repetition_compare`."""
+
+    quality_decoders: tuple[str, ...] = ("greedy", "nucleus-0.9")
+    """Whose continuations are scored for quality."""
+    clusters: int = 12
+    """Of the MAUVE-like divergence, about a tenth of the texts on one side."""
+    shown: int = 4
+    """Prefixes whose continuations are shown side by side."""
+
+    def __post_init__(self) -> None:
+        if "greedy" not in self.quality_decoders:
+            raise InputError("repetition_compare: quality_decoders must hold greedy, which the claims are about.")
+        if self.clusters < 2 or self.shown < 1:
+            raise InputError("repetition_compare: clusters must be at least 2 and shown at least 1.")

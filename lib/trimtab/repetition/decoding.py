@@ -1,0 +1,316 @@
+"""Continuations of fixed length by the decoders of Implicit Unlikelihood Training (Lagutin et al. 2021), and by those
+that fight repetition without training.
+
+One engine for any policy, a steered one too, which transformers' `generate` cannot run. The end-of-sequence token is a
+token like any other, as in the paper: every continuation has full length, and nothing is padded.
+
+Diverse beam search is left out: it has left transformers' core, so no well-kept implementation is there to test
+against. So is alpha-entmax sampling, which only suits a model trained with the alpha-entmax loss.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+from transformers.generation import (
+    LogitsProcessor,
+    NoRepeatNGramLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from trimtab.epochs import mix
+from trimtab.errors import InputError
+from trimtab.rl.cache import RoomyCache
+from trimtab.rl.policy import Policy
+from trimtab.rl.rollouts import draw
+
+FORMS = ("greedy", "beam-N", "top-k-K", "nucleus-P", "sampling", "penalty-X", "no-repeat-N", "dry", "contrastive-K-A")
+"""How decoders are named; N and K are whole numbers, P, X and A are not."""
+BREAKERS = ("\n", ":", '"', "*")
+"""What ends a repetition for DRY: lists, dialogue and mark-up repeat rightly."""
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How continuations are chosen; `Decoder.of` reads one from its name. The last four choose greedily otherwise.
+
+    `greedy`            the likeliest token
+    `beam-N`            the likeliest sequence among N that grow together
+    `top-k-K`           drawn from the K likeliest tokens
+    `nucleus-P`         drawn from the fewest tokens that hold P of the probability
+    `sampling`          drawn from all
+    `penalty-X`         a positive logit of any token seen so far, the prefix's included as in transformers, is divided
+                        by X, a negative one multiplied (CTRL, Keskar et al. 2019)
+    `no-repeat-N`       no N-gram a second time, those of the prefix included
+    `dry`               see `DRYProcessor`
+    `contrastive-K-A`   of the K likeliest v the largest (1 - A) p(v) - A max_j cos(h_v, h_j), over the final hidden
+                        states h_j of all tokens so far (Su et al. 2022)
+    """
+
+    name: str
+    kind: str
+    """The name without its numbers."""
+    count: int = 1
+    """N or K."""
+    value: float = 1.0
+    """P, X or A."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise InputError(f"decoder {self.name}: {self.count} must be at least 1.")
+        if self.kind in ("nucleus", "penalty") and self.value <= 0:
+            raise InputError(f"decoder {self.name}: {self.value} must be positive.")
+        if self.kind in ("nucleus", "contrastive") and self.value > 1:
+            raise InputError(f"decoder {self.name}: {self.value} must be at most 1.")
+
+    @classmethod
+    def of(cls, name: str) -> "Decoder":
+        """From a name such as `top-k-8`. Raises InputError for one of no known form."""
+        for form in FORMS:
+            pattern = re.sub("-[NK]", r"-(?P<count>\\d+)", re.sub("-[PXA]", r"-(?P<value>\\d+(\\.\\d+)?)", form))
+            if match := re.fullmatch(pattern, name):
+                found = match.groupdict()
+                return cls(name, re.sub("-[A-Z]", "", form), int(found.get("count", 1)), float(found.get("value", 1)))
+        raise InputError(f"{name!r} is not a decoder; known are {', '.join(FORMS)}.")
+
+    @property
+    def alone(self) -> bool:
+        """Whether it goes on token by token, each row by itself."""
+        return self.kind not in ("beam", "contrastive")
+
+    @property
+    def samples(self) -> bool:
+        """Whether it draws, so that a seed matters."""
+        return self.kind in ("top-k", "nucleus", "sampling")
+
+    def processor(self, breakers: Collection[int]) -> LogitsProcessor | None:
+        """What changes the logits before the choice; None for nothing."""
+        match self.kind:
+            case "top-k":
+                return TopKLogitsWarper(self.count)
+            case "nucleus":
+                return TopPLogitsWarper(self.value)
+            case "penalty":
+                return RepetitionPenaltyLogitsProcessor(self.value)
+            case "no-repeat":
+                return NoRepeatNGramLogitsProcessor(self.count)
+            case "dry":
+                return DRYProcessor(breakers)
+        return None
+
+
+def breakers_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of all tokens in whose text one of `BREAKERS` stands."""
+    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
+    return [token for token, text in enumerate(texts) if any(breaker in text for breaker in BREAKERS)]
+
+
+@torch.no_grad()
+def continuations(
+    policy: Policy,
+    prefixes: Int[Tensor, "texts prefix"],
+    tokens: int,
+    decoder: Decoder,
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    breakers: Collection[int] = (),
+) -> Int[Tensor, "texts time"]:
+    """`tokens` ids that follow each prefix, which is left out; on the CPU.
+
+    `batch`: texts decoded together; of each, beam search runs N rows and contrastive search K. What is drawn depends
+    on `seed` and a text's place among `prefixes`, not on the batch. `breakers`: ids for `dry`, see `breakers_of`.
+    """
+    if tokens < 1 or batch < 1 or 0 in prefixes.shape:
+        raise InputError(
+            "continuations: prefixes, tokens and batch must not be empty or 0, "
+            f"not {list(prefixes.shape)}, {tokens} and {batch}."
+        )
+    generators = [torch.Generator().manual_seed(mix(seed, i)) for i in range(len(prefixes))]
+    processor = decoder.processor(breakers)
+    found = []
+    with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1) as bar:
+        for start in range(0, len(prefixes), batch):
+            ids = prefixes[start : start + batch].to(policy.device, torch.long)
+            growth = _Growth(policy, ids, tokens, bar)
+            if decoder.kind == "beam":
+                grown = _beam(growth, ids, tokens, decoder.count)
+            elif decoder.kind == "contrastive":
+                grown = _contrastive(growth, ids, tokens, decoder.count, decoder.value)
+            else:
+                drawn = [each if decoder.samples else None for each in generators[start : start + batch]]
+                grown = _token_by_token(growth, ids, tokens, processor, drawn)
+            found.append(grown[:, -tokens:].cpu())
+    return torch.cat(found)
+
+
+@torch.no_grad()
+def together(
+    policy: Policy,
+    prefixes: Int[Tensor, "texts prefix"],
+    tokens: int,
+    decoders: Sequence[Decoder],
+    *,
+    seed: int = 0,
+    batch: int = 16,
+    breakers: Collection[int] = (),
+) -> dict[str, Int[Tensor, "texts time"]]:
+    """`continuations` by several decoders that choose token by token, by name; a batch holds its texts once for each:
+    on a CPU most of a step is reading the weights, however many rows there are. Raises InputError for beam and
+    contrastive search."""
+    wrong = [decoder.name for decoder in decoders if not decoder.alone]
+    if wrong or not decoders:
+        raise InputError(f"together: {wrong[0] if wrong else 'nothing'} does not choose token by token.")
+    processors = [decoder.processor(breakers) for decoder in decoders]
+    title, found = ", ".join(decoder.name for decoder in decoders), []
+    with tqdm(total=len(prefixes) * len(decoders) * tokens, desc=title, unit="token", mininterval=1) as bar:
+        for start in range(0, len(prefixes), batch):
+            some = prefixes[start : start + batch].to(policy.device, torch.long)
+            ids = some.repeat(len(decoders), 1)
+            generators = [
+                torch.Generator().manual_seed(mix(seed, start + i)) if decoder.samples else None
+                for decoder in decoders
+                for i in range(len(some))
+            ]
+            growth, change = _Growth(policy, ids, tokens, bar), _Each(processors, len(some))
+            grown = _token_by_token(growth, ids, tokens, change, generators)[:, -tokens:]
+            found.append(grown.cpu().view(len(decoders), len(some), tokens))
+    return dict(zip([decoder.name for decoder in decoders], torch.cat(found, dim=1), strict=True))
+
+
+class _Each(LogitsProcessor):
+    """A processor, or none, for each run of so many rows."""
+
+    def __init__(self, processors: Sequence[LogitsProcessor | None], rows: int) -> None:
+        self.processors, self.rows = processors, rows
+
+    def __call__(self, input_ids: Int[Tensor, "rows seq"], scores: Float[Tensor, "rows vocab"]) -> Tensor:
+        """The logits, changed run by run."""
+        runs = zip(self.processors, input_ids.split(self.rows), scores.split(self.rows), strict=True)
+        return torch.cat([some if change is None else change(ids, some) for change, ids, some in runs])
+
+
+class _Growth:
+    """Sequences of one length that grow together: what was computed for their earlier tokens is kept."""
+
+    def __init__(self, policy: Policy, prefixes: Tensor, tokens: int, bar: tqdm) -> None:
+        self.policy, self.bar, self.texts, self.seen = policy, bar, len(prefixes), 0
+        self.cache = RoomyCache(prefixes.shape[1] + tokens)
+
+    def read(self, ids: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new d_model"]:
+        """Final hidden states of the next tokens, which are these."""
+        rows, new = ids.shape
+        positions = torch.arange(self.seen, self.seen + new, device=ids.device).expand(rows, -1)
+        self.seen += new
+        attend = torch.ones(rows, self.seen, dtype=torch.long, device=ids.device)
+        return self.policy.hidden(ids, attend, positions, self.cache)
+
+    def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
+        """Of the token after these states, in fp32. Asked for once a step, so the bar moves."""
+        self.bar.update(self.texts)
+        return self.policy.unembedding(hidden).float()
+
+
+def _token_by_token(
+    growth: _Growth,
+    ids: Int[Tensor, "texts prefix"],
+    tokens: int,
+    processor: LogitsProcessor | None,
+    generators: Sequence[torch.Generator | None],
+) -> Int[Tensor, "texts whole"]:
+    """The likeliest token at each step, or in rows that have a generator a drawn one."""
+    new, drawing = ids, [i for i, generator in enumerate(generators) if generator is not None]
+    for _ in range(tokens):
+        logits = growth.logits(growth.read(new)[:, -1])
+        if processor is not None:
+            logits = processor(ids, logits)
+        new = logits.argmax(dim=1, keepdim=True)
+        if drawing:
+            probs = logits[drawing].softmax(dim=1).cpu()
+            each = [draw(row[None], generators[i]) for i, row in zip(drawing, probs, strict=True)]
+            new[drawing] = torch.cat(each).to(ids.device)
+        ids = torch.cat([ids, new], dim=1)
+    return ids
+
+
+def _beam(growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, width: int) -> Int[Tensor, "texts whole"]:
+    """The likeliest of `width` sequences. All have one length, so that no length penalty could change their order."""
+    new, ids = ids, ids.repeat_interleave(width, dim=0)
+    score = torch.full((growth.texts, width), -torch.inf, device=ids.device)
+    score[:, 0] = 0  # the beams begin alike: only one may branch
+    first = torch.arange(growth.texts, device=ids.device)[:, None] * width
+    for step in range(tokens):
+        hidden = growth.read(new)[:, -1]
+        if step == 0:
+            growth.cache.batch_repeat_interleave(width)
+            hidden = hidden.repeat_interleave(width, dim=0)
+        log_probs = growth.logits(hidden).log_softmax(dim=1)
+        vocabulary = log_probs.shape[1]
+        score, best = (score.view(-1, 1) + log_probs).view(growth.texts, -1).topk(width)
+        parents = (first + best // vocabulary).flatten()
+        new = (best % vocabulary).view(-1, 1)
+        growth.cache.batch_select_indices(parents)
+        ids = torch.cat([ids[parents], new], dim=1)
+    return ids[first[:, 0]]
+
+
+def _contrastive(
+    growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, k: int, alpha: float
+) -> Int[Tensor, "texts whole"]:
+    """All k candidates of a step are read, each in a row of its own, and the chosen one is copied to the others."""
+    hidden = growth.read(ids)
+    growth.cache.batch_repeat_interleave(k)
+    earlier, last = nn.functional.normalize(hidden.float(), dim=2), hidden[:, -1]
+    text = torch.arange(growth.texts, device=ids.device)
+    for _ in range(tokens):
+        probs, candidates = growth.logits(last).softmax(dim=1).topk(k)
+        states = growth.read(candidates.view(-1, 1)).view(growth.texts, k, -1)
+        directions = nn.functional.normalize(states.float(), dim=2)
+        degeneration = torch.einsum("tkd,tpd->tkp", directions, earlier).amax(dim=2)
+        chosen = ((1 - alpha) * probs - alpha * degeneration).argmax(dim=1)
+        growth.cache.batch_select_indices((text * k + chosen).repeat_interleave(k))
+        ids = torch.cat([ids, candidates[text, chosen, None]], dim=1)
+        earlier = torch.cat([earlier, directions[text, chosen, None]], dim=1)
+        last = states[text, chosen]
+    return ids
+
+
+class DRYProcessor(LogitsProcessor):
+    """Don't Repeat Yourself: a token that would prolong a repetition loses the more, the longer that already is.
+
+    logit(v) -= 0.8 * 1.75^(m - 2) where m >= 2 is the most tokens at the end, none of them a breaker, that also stand
+    before an earlier v, prefix included. Breakers themselves lose nothing. As in text-generation-webui (#5677) and
+    llama.cpp (#9702), with the values common there; as in the former m counts to `longest`.
+    """
+
+    multiplier = 0.8
+    base = 1.75
+    allowed = 2
+    longest = 50
+
+    def __init__(self, breakers: Collection[int]) -> None:
+        self.breakers = torch.tensor(sorted(breakers), dtype=torch.long)
+
+    def __call__(self, input_ids: Int[Tensor, "rows seq"], scores: Float[Tensor, "rows vocab"]) -> Tensor:
+        """The logits less their penalties."""
+        breaks = torch.isin(input_ids, self.breakers.to(input_ids.device))
+        before, after = input_ids[:, :-1], input_ids[:, 1:]
+        alike = torch.ones_like(before, dtype=torch.bool)  # whether the last `back` tokens stand up to there
+        length = torch.zeros_like(before)
+        for back in range(min(self.longest, before.shape[1])):
+            place = before.shape[1] - back
+            alike[:, :back] = False
+            alike[:, back:] &= (before[:, :place] == input_ids[:, place, None]) & ~breaks[:, place, None]
+            if not bool(alike.any()):
+                break
+            length += alike
+        penalty = self.multiplier * self.base ** (length - self.allowed).to(scores.dtype)
+        penalty = penalty.masked_fill((length < self.allowed) | breaks[:, 1:], 0)
+        return scores - torch.zeros_like(scores).scatter_reduce(1, after, penalty, "amax")

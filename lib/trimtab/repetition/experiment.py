@@ -1,0 +1,218 @@
+"""One arm's experiment: its texts, sweep, training, and what is read of it. Notebooks call this."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from trimtab.checkpoint import read_json, save_tensors, write_json
+from trimtab.pretrained import load_tokenizer
+from trimtab.repetition.arms import Arm, frozen_model
+from trimtab.repetition.config import RepetitionConfig
+from trimtab.repetition.decoding import Decoder, breakers_of, continuations, together
+from trimtab.repetition.losses import accumulate
+from trimtab.repetition.ngrams import seq_rep
+from trimtab.repetition.texts import Library, Passages
+from trimtab.repetition.training import Trained, train
+from trimtab.rl.policy import Policy
+
+UNTRAINED = "untrained"
+"""The arm that is only read."""
+CEILING = 0.01
+"""A rate may raise validation perplexity by this share at most, as the claim about test perplexity has it."""
+EVALUATION_SEED = 1_000
+"""Of drawn continuations: the same for every arm and training seed."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that one arm's runs share."""
+
+    arm: Arm | None
+    """None: the untrained model."""
+    config: RepetitionConfig
+    folder: str
+    device: str
+    tokenizer: PreTrainedTokenizerBase
+    library: Library
+
+    @classmethod
+    def of(cls, arm: str, config: RepetitionConfig, folder: str, corpus: str, device: str) -> "Bench":
+        """Raises InputError for an unknown arm or decoder, and a missing corpus."""
+        for name in (*config.decoders, *config.once_decoders, *config.base_decoders):
+            Decoder.of(name)
+        chosen = None if arm == UNTRAINED else Arm(arm)
+        return cls(chosen, config, folder, device, load_tokenizer(folder), Library(Path(corpus)))
+
+    @property
+    def domain(self) -> str:
+        """The one trained on and decided by."""
+        return self.config.domains[0]
+
+    def decoders(self, seed: int) -> list[str]:
+        """What held-out prefixes are continued by: with the first seed also by the slow ones, and the untrained model
+        by what needs no training."""
+        chosen = [*self.config.decoders, *(self.config.once_decoders if seed == self.config.seeds[0] else ())]
+        return chosen if self.arm else [*chosen, *self.config.base_decoders]
+
+    @cached_property
+    def train_prefixes(self) -> Int[Tensor, "texts prefix"]:
+        """Beginnings of training blocks."""
+        return self.library.passages("train", self.domain, self.config.prefix_tokens, 1_000_000, 0).tokens
+
+    @cached_property
+    def train_blocks(self) -> Int[Tensor, "blocks seq"]:
+        """Whole training blocks, for likelihood; in another order than the prefixes."""
+        longest = int(self.library.blocks["length"].max())  # type: ignore[arg-type]
+        return self.library.passages("train", self.domain, longest, 1_000_000, 1).tokens
+
+    @cached_property
+    def val_prefixes(self) -> Int[Tensor, "texts prefix"]:
+        """By whose greedy continuations a rate is chosen."""
+        chosen = self.library.passages("val", self.domain, self.config.prefix_tokens, self.config.val_prefixes, 0)
+        return chosen.tokens
+
+    def passages(self, domain: str) -> Passages:
+        """Held-out prefixes, each with what a human wrote after it: `prefix_tokens` + `tokens` long."""
+        length = self.config.prefix_tokens + self.config.tokens
+        most = self.config.test_prefixes if domain == self.domain else self.config.other_prefixes
+        return self.library.passages("test", domain, length, most, 0)
+
+    def policy(self, seed: int = 0) -> Policy:
+        """A fresh one."""
+        if self.arm is None:
+            return Policy(frozen_model(self.folder, dtype=self.config.dtype, device=self.device), {})
+        return self.arm.policy(self.folder, dtype=self.config.dtype, device=self.device, seed=seed)
+
+    def rates(self) -> list[float]:
+        """The grid, for what the arm trains."""
+        factor = 1.0 if self.arm and self.arm.full else self.config.adapter_rate_factor
+        return [rate * factor for rate in self.config.learning_rates]
+
+    def validate(self, policy: Policy) -> float:
+        """Nats a token of validation text."""
+        rows = self.library.rows("val", self.domain, self.config.row_tokens, self.config.val_tokens, 0)
+        found = [row_nats(policy, row) for row, _ in rows]
+        return sum(float(nats.sum()) for nats in found) / sum(map(len, found))
+
+    def val_repetition(self, policy: Policy) -> float:
+        """seq-rep-n of greedy continuations of validation prefixes."""
+        continued = self.continued(policy, self.val_prefixes, ["greedy"])["greedy"]
+        return seq_rep(continued, self.config.n).mean().item()
+
+    def continued(
+        self, policy: Policy, prefixes: Int[Tensor, "texts prefix"], names: Sequence[str]
+    ) -> dict[str, Int[Tensor, "texts tokens"]]:
+        """Continuations of full length, by decoder."""
+        decoders = [Decoder.of(name) for name in names]
+        alone = [decoder for decoder in decoders if decoder.alone]
+        breakers = breakers_of(self.tokenizer) if "dry" in names else []
+        shared: dict[str, Any] = {"seed": EVALUATION_SEED, "batch": self.config.batch}
+        found = together(policy, prefixes, self.config.tokens, alone, breakers=breakers, **shared) if alone else {}
+        for decoder in decoders:
+            if not decoder.alone:
+                found[decoder.name] = continuations(policy, prefixes, self.config.tokens, decoder, **shared)
+        return {name: found[name] for name in names}
+
+    def train(self, rate: float, seed: int, folder: Path) -> "Run":
+        """One run, or what its checkpoint in the folder holds."""
+        assert self.arm
+        policy = self.policy(seed)
+        trained = train(
+            policy, self.arm, self.train_prefixes, self.train_blocks, self.validate, self.config, learning_rate=rate,
+            seed=seed, checkpoint=folder / f"seed-{seed}-rate-{rate:g}.safetensors",
+            title=f"{self.arm} seed {seed} rate {rate:g}",
+        )  # fmt: skip
+        return Run(policy, trained)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A trained policy and its history."""
+
+    policy: Policy
+    trained: Trained
+
+
+def row_nats(policy: Policy, row: Int[Tensor, " seq"]) -> Float[Tensor, " predictions"]:
+    """-log p of every token of a row but the first."""
+    return -accumulate(policy, row[None], 1, None)[1]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What each learning rate came to, with the first seed."""
+
+    table: pl.DataFrame
+    """Columns `learning_rate`, `kept` (updates after which validation perplexity was least), `val_perplexity`, and
+    `val_seq_rep`, greedily; both of the kept parameters."""
+    untrained: float
+    """Validation perplexity of the model as it was."""
+
+    @property
+    def best(self) -> float:
+        """Of the rates that keep validation perplexity within `CEILING` of the untrained model's the one that repeats
+        least; where none does, the one with the least perplexity. Of equals the lower."""
+        within = self.table.filter(pl.col("val_perplexity") <= (1 + CEILING) * self.untrained)
+        ranked = within.sort("val_seq_rep", "learning_rate") if len(within) else self.table.sort("val_perplexity")
+        return float(ranked["learning_rate"][0])
+
+
+def sweep(bench: Bench, folder: Path) -> Sweep:
+    """A whole run at each learning rate of the grid, with the first seed; of those not chosen nothing is kept."""
+    log = folder / "sweep.json"
+    done: dict[str, list[float]] = read_json(log) if log.is_file() else {}
+    if "untrained" not in done:
+        done["untrained"] = [math.exp(bench.validate(bench.policy()))]
+        write_json(log, done)
+    seed = bench.config.seeds[0]
+    for rate in bench.rates():
+        if f"{rate:g}" not in done:
+            run = bench.train(rate, seed, folder)
+            kept = run.trained.kept
+            done[f"{rate:g}"] = [kept.update, math.exp(kept.nats), bench.val_repetition(run.policy)]
+            write_json(log, done)
+    rows = [(rate, int(done[f"{rate:g}"][0]), *done[f"{rate:g}"][1:]) for rate in bench.rates()]
+    table = pl.DataFrame(rows, schema=["learning_rate", "kept", "val_perplexity", "val_seq_rep"], orient="row")
+    swept = Sweep(table, done["untrained"][0])
+    for rate in bench.rates():
+        if rate != swept.best:
+            (folder / f"seed-{seed}-rate-{rate:g}.safetensors").unlink(missing_ok=True)
+    return swept
+
+
+def train_all(bench: Bench, swept: Sweep | None, folder: Path) -> dict[int, Callable[[], Run]]:
+    """For each seed, what gives its run: trained when it is asked for, so that two whole models are never held at once.
+    The untrained model has one, of no updates."""
+    if swept is None:
+        return {bench.config.seeds[0]: lambda: Run(bench.policy(), Trained([], []))}
+    rate = swept.best
+    return {seed: partial(bench.train, rate, seed, folder) for seed in bench.config.seeds}
+
+
+def history_of(seed: int, trained: Trained) -> pl.DataFrame:
+    """Every update, without times: columns of `training.Update`, after `seed`."""
+    rows = [{"seed": seed} | {k: v for k, v in vars(u).items() if not k.endswith("_s")} for u in trained.history]
+    schema = {"seed": pl.Int32, "update": pl.Int32, "kind": pl.String}
+    schema |= dict.fromkeys(("loss", "reward", "masked", "gradient"), pl.Float64)
+    return pl.DataFrame(rows, schema=schema, orient="row").with_columns(pl.col("reward", "masked").fill_nan(None))
+
+
+def validations_of(seed: int, trained: Trained) -> pl.DataFrame:
+    """Columns `seed`, `update`, `perplexity`, and `kept`: whether its parameters are the run's."""
+    rows = [(seed, each.update, math.exp(each.nats), each == trained.kept) for each in trained.readings]
+    schema = {"seed": pl.Int32, "update": pl.Int32, "perplexity": pl.Float64, "kept": pl.Boolean}
+    return pl.DataFrame(rows, schema=schema, orient="row")
+
+
+def save_trained(folder: Path, bench: Bench, run: Run) -> None:
+    """What was trained as `trained.safetensors`, but for whole models: half a gigabyte each, and nothing reads them."""
+    if bench.arm and not bench.arm.full:
+        save_tensors(folder / "trained.safetensors", run.policy.trained, {"arm": str(bench.arm)})
