@@ -82,6 +82,7 @@ STAGES += [f"steering@{arm}" for arm in ("steering", "steering-last", "steering-
 STAGES += ["steering_controls", "steering_compare", "steering_lens"]
 STAGES += [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid", "conv")]
 STAGES += ["mqar", "pretrain_text", "pretrain_compare"]
+STAGES += [f"repetition@{arm}" for arm in ("untrained", "unlikelihood", "implicit")] + ["repetition_compare"]
 """All between `corpus` and `report`."""
 
 
@@ -105,7 +106,7 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
         assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
     page = (smoke / "records/README.md").read_text()
-    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 30
+    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 36
 
 
 def test_a_second_repro_runs_nothing(smoke):

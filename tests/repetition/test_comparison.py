@@ -82,8 +82,8 @@ def test_the_worst_decoder_is_taken_seed_by_seed():
 
 def test_arms_that_a_claim_needs_are_asked_for():
     comparison.check_arms([*NEEDED, "implicit-lora-8", "policy"])
-    with pytest.raises(InputError, match="likelihood is missing"):
-        comparison.check_arms([arm for arm in NEEDED if arm != "likelihood"])
+    with pytest.raises(InputError, match="unlikelihood is missing"):
+        comparison.check_arms([arm for arm in NEEDED if arm != "unlikelihood"])
     with pytest.raises(InputError, match="not an arm"):
         comparison.check_arms([*NEEDED, "luck"])
 

@@ -90,7 +90,7 @@ def test_the_rate_that_repeats_least_within_the_ceiling_is_taken():
 
 def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_path):
     made = bench()
-    found = sweep(made, tmp_path)
+    found = sweep(made, made.policy(), tmp_path)
     assert found.table["learning_rate"].to_list() == [0.01, 0.03]
     assert len(list(tmp_path.glob("seed-0-rate-*.safetensors"))) == 1  # of the rate not chosen nothing is kept
     readings = reading.read_all(made, found, tmp_path)
@@ -103,7 +103,9 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     assert set(map(len, readings.texts["tokens"])) == {10}
     assert readings.validations["kept"].sum() == 2
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")}
-    again = reading.read_all(made, sweep(made, tmp_path), tmp_path)
+    again_swept = sweep(made, made.policy(), tmp_path)  # from its log: nothing is trained
+    assert again_swept.run is None
+    again = reading.read_all(made, again_swept, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")} == stamps
     assert again.texts.equals(readings.texts)
     out = tmp_path / "out"

@@ -16,8 +16,8 @@ from trimtab.repetition.arms import Arm
 from trimtab.repetition.experiment import UNTRAINED
 from trimtab.repetition.ngrams import seq_rep
 
-NEEDED = (UNTRAINED, "likelihood", "unlikelihood", "implicit", "implicit-steering")
-"""Arms that the claims are about."""
+NEEDED = (UNTRAINED, "unlikelihood", "implicit")
+"""Arms without which there is nothing to compare; claims about others are judged where these are there."""
 HUMAN = "human"
 """What people wrote after the same prefixes, beside the arms."""
 Weights = Float[np.ndarray, " groups"]

@@ -1,8 +1,8 @@
 """One arm's experiment: its texts, sweep, training, and what is read of it. Notebooks call this."""
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -127,10 +127,14 @@ class Bench:
         policy = self.policy(seed)
         trained = train(
             policy, self.arm, self.train_prefixes, self.train_blocks, self.validate, self.config, learning_rate=rate,
-            seed=seed, checkpoint=folder / f"seed-{seed}-rate-{rate:g}.safetensors",
+            seed=seed, checkpoint=self.checkpoint(rate, seed, folder),
             title=f"{self.arm} seed {seed} rate {rate:g}",
         )  # fmt: skip
         return Run(policy, trained)
+
+    def checkpoint(self, rate: float, seed: int, folder: Path) -> Path:
+        """Of one run."""
+        return folder / f"seed-{seed}-rate-{rate:g}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -155,6 +159,8 @@ class Sweep:
     `val_seq_rep`, greedily; both of the kept parameters."""
     untrained: float
     """Validation perplexity of the model as it was."""
+    run: "Run | None" = None
+    """Of the best rate, where the sweep has just made it."""
 
     @property
     def best(self) -> float:
@@ -165,27 +171,34 @@ class Sweep:
         return float(ranked["learning_rate"][0])
 
 
-def sweep(bench: Bench, folder: Path) -> Sweep:
-    """A whole run at each learning rate of the grid, with the first seed; of those not chosen nothing is kept."""
-    log = folder / "sweep.json"
+def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
+    """A whole run at each learning rate of the grid, with the first seed; of those not chosen nothing is kept. `folder`
+    has the checkpoints from which an interrupted sweep goes on."""
+    log, seed = folder / "sweep.json", bench.config.seeds[0]
     done: dict[str, list[float]] = read_json(log) if log.is_file() else {}
-    if "untrained" not in done:
-        done["untrained"] = [math.exp(bench.validate(bench.policy()))]
-        write_json(log, done)
-    seed = bench.config.seeds[0]
+    if UNTRAINED not in done:
+        done[UNTRAINED] = [math.exp(bench.validate(untrained))]
+    run: Run | None = None
     for rate in bench.rates():
         if f"{rate:g}" not in done:
-            run = bench.train(rate, seed, folder)
-            kept = run.trained.kept
-            done[f"{rate:g}"] = [kept.update, math.exp(kept.nats), bench.val_repetition(run.policy)]
+            latest = bench.train(rate, seed, folder)
+            kept = latest.trained.kept
+            done[f"{rate:g}"] = [kept.update, math.exp(kept.nats), bench.val_repetition(latest.policy)]
             write_json(log, done)
-    rows = [(rate, int(done[f"{rate:g}"][0]), *done[f"{rate:g}"][1:]) for rate in bench.rates()]
-    table = pl.DataFrame(rows, schema=["learning_rate", "kept", "val_perplexity", "val_seq_rep"], orient="row")
-    swept = Sweep(table, done["untrained"][0])
+            run = latest if _sweep(bench, done).best == rate else run
+            del latest  # two whole models at a time are enough
+    swept = _sweep(bench, done)
     for rate in bench.rates():
         if rate != swept.best:
-            (folder / f"seed-{seed}-rate-{rate:g}.safetensors").unlink(missing_ok=True)
-    return swept
+            bench.checkpoint(rate, seed, folder).unlink(missing_ok=True)
+    chosen = run is not None and bench.checkpoint(swept.best, seed, folder).is_file()
+    return replace(swept, run=run) if chosen else swept
+
+
+def _sweep(bench: Bench, done: Mapping[str, list[float]]) -> Sweep:
+    rows = [(rate, int(found[0]), *found[1:]) for rate in bench.rates() if (found := done.get(f"{rate:g}"))]
+    table = pl.DataFrame(rows, schema=["learning_rate", "kept", "val_perplexity", "val_seq_rep"], orient="row")
+    return Sweep(table, done[UNTRAINED][0])
 
 
 def train_all(bench: Bench, swept: Sweep | None, folder: Path) -> dict[int, Callable[[], Run]]:
@@ -193,8 +206,11 @@ def train_all(bench: Bench, swept: Sweep | None, folder: Path) -> dict[int, Call
     The untrained model has one, of no updates."""
     if swept is None:
         return {bench.config.seeds[0]: lambda: Run(bench.policy(), Trained([], []))}
-    rate = swept.best
-    return {seed: partial(bench.train, rate, seed, folder) for seed in bench.config.seeds}
+    first, *others = bench.config.seeds
+    runs: dict[int, Callable[[], Run]] = {s: partial(bench.train, swept.best, s, folder) for s in (first, *others)}
+    if (made := swept.run) is not None:
+        runs[first] = lambda: made
+    return runs
 
 
 def history_of(seed: int, trained: Trained) -> pl.DataFrame:
