@@ -1,4 +1,4 @@
-"""The README's code on steering, repetition and linear attention runs as it stands, all but the last on a tiny model."""
+"""The README's code on steering, repetition and linear attention runs as it stands, mostly on a tiny model."""
 
 import re
 import shutil
