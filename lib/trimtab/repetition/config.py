@@ -43,7 +43,12 @@ class TrainingConfig:
             raise InputError(f"repetition: readings must be at most updates = {self.updates}, not {self.readings}.")
         if self.n > self.tokens:
             raise InputError(f"repetition: a continuation of {self.tokens} tokens holds no {self.n}-gram.")
-        for name in ("rollout_temperature", "reward_weight", "unlikelihood_weight", "weight_decay"):
+        if self.rollout_temperature not in (0.0, 1.0):
+            raise InputError(
+                "repetition: rollout_temperature must be 0 (greedy) or 1 (drawn from the model as it is, whose gradient is "
+                f"taken), not {self.rollout_temperature}."
+            )
+        for name in ("reward_weight", "unlikelihood_weight", "weight_decay"):
             if getattr(self, name) < 0:
                 raise InputError(f"repetition: {name} must not be negative, not {getattr(self, name)}.")
         if self.max_grad_norm <= 0:
