@@ -45,8 +45,8 @@ class TrainingConfig:
             raise InputError(f"repetition: a continuation of {self.tokens} tokens holds no {self.n}-gram.")
         if self.rollout_temperature not in (0.0, 1.0):
             raise InputError(
-                "repetition: rollout_temperature must be 0 (greedy) or 1 (drawn from the model as it is, whose gradient is "
-                f"taken), not {self.rollout_temperature}."
+                "repetition: rollout_temperature must be 0 (greedy) or 1 (drawn from the model as it is, to which the "
+                f"gradient belongs), not {self.rollout_temperature}."
             )
         for name in ("reward_weight", "unlikelihood_weight", "weight_decay"):
             if getattr(self, name) < 0:
