@@ -168,8 +168,8 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
 
 @pytest.fixture(scope="module")
 def by_hand(smoke) -> dict[str, Future]:
-    """Every notebook as in JupyterLab: in its own folder, with its own defaults; seconds that it took. Two at a time, for
-    the other tests are mostly done by now."""
+    """Every notebook as in JupyterLab: in its own folder, with its own defaults; seconds that it took. Two at a time,
+    for the other tests are mostly done by now."""
 
     def run(path: Path) -> float:
         began = time.monotonic()
