@@ -36,7 +36,7 @@ from trimtab.repetition.texts import Library
 
 ROOT = Path(__file__).parents[1]
 SHAPES = {
-    "cpu": {"prefixes": 6, "prefix_tokens": 50, "tokens": 100, "rows": 1},
+    "cpu": {"prefixes": 6, "prefix_tokens": 50, "tokens": 100, "rows": 6},
     "cuda": {"prefixes": 64, "prefix_tokens": 50, "tokens": 100, "rows": 32},
 }
 RATE = 1e-8

@@ -13,6 +13,7 @@ from trimtab.repetition.config import RepetitionConfig
 from trimtab.repetition.experiment import Bench, Sweep, row_nats, sweep
 from trimtab.repetition.ngrams import seq_rep
 from trimtab.repetition.texts import Library
+from trimtab.rl.policy import Policy
 
 CONFIG = RepetitionConfig(
     updates=3, prefixes=2, prefix_tokens=8, tokens=10, n=2, readings=1, learning_rates=(1e-3, 3e-3),
@@ -86,6 +87,13 @@ def test_the_rate_that_repeats_least_within_the_ceiling_is_taken():
     assert swept((0.1, 3, 20.1, 0.3), (0.2, 3, 20.2, 0.2), (0.3, 3, 20.21, 0.1)).best == 0.2
     assert swept((0.1, 3, 20.3, 0.3), (0.2, 3, 20.4, 0.2)).best == 0.1  # none is within: the least perplexity
     assert swept((0.2, 3, 19.0, 0.2), (0.1, 3, 19.0, 0.2)).best == 0.1  # of equals the lower
+
+
+def test_an_arm_that_falls_apart_everywhere_says_so(bench, tmp_path, monkeypatch):
+    made = bench()
+    monkeypatch.setattr(Bench, "validate", lambda self, policy: math.nan if policy.trained else 3.0)
+    with pytest.raises(InputError, match="falls apart at every learning rate"):
+        sweep(made, Policy(made.policy().view, {}), tmp_path)
 
 
 def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_path):

@@ -96,12 +96,14 @@ def test_token_unlikelihood_by_hand():
     assert alone.item() == pytest.approx(-((1 - p[2, 4]).log() + (1 - p[2, 1]).log()).item(), rel=1e-5)
 
 
-def test_token_unlikelihood_where_a_candidate_is_certain_has_a_gradient():
+@pytest.mark.parametrize("gap", [8.0, 20.0, 30.0])
+def test_token_unlikelihood_pushes_a_candidate_that_is_all_but_certain(gap):
+    """The gradient at its logit is p."""
     logits = torch.zeros(1, 4)
-    logits[0, 0] = 40.0
+    logits[0, 0] = gap
     logits.requires_grad_()
     token_unlikelihood(logits, torch.tensor([0, 1]), torch.tensor([1])).backward()
-    assert logits.grad.isfinite().all()
+    assert logits.grad[0].tolist() == pytest.approx([1, -1 / 3, -1 / 3, -1 / 3], abs=2e-3)
 
 
 def test_first_of_kind():

@@ -217,3 +217,16 @@ def test_bad_parameters_are_named(field, value, message):
 def test_a_comparison_without_greedy_quality_is_refused():
     with pytest.raises(InputError, match="greedy"):
         CompareConfig(quality_decoders=("nucleus-0.9",))
+
+
+def test_a_run_that_falls_apart_keeps_what_it_had_before(model_folder):
+    readings = iter([3.0, math.nan])
+    chosen = Arm("implicit-steering")
+    policy = chosen.policy(str(model_folder), dtype="float32", device="cpu")
+    given = {"learning_rate": 1e-2, "seed": 0}
+    trained = train(policy, chosen, PREFIXES, BLOCKS, lambda _: next(readings), CONFIG, **given)
+    assert (trained.kept.update, [reading.nats for reading in trained.readings]) == (4, [3.0, math.inf])
+    early, _ = run(model_folder, "implicit-steering", TrainingConfig(**{**vars(CONFIG), "readings": 1}))
+    assert not torch.equal(policy.trained[VECTORS], early.trained[VECTORS])
+    broken = train(policy, chosen, PREFIXES, BLOCKS, lambda _: math.nan, CONFIG, **given)
+    assert math.isinf(broken.kept.nats)

@@ -13,7 +13,6 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.repetition.comparison import HUMAN
 from trimtab.repetition.losses import accumulate
 from trimtab.repetition.ngrams import as_ids, distinct, periodic_tail, seq_rep, uniq_seq, words
 from trimtab.repetition.text_quality import (
@@ -122,9 +121,11 @@ def controls(human: pl.DataFrame, vocabulary: int, seed: int) -> pl.DataFrame:
     return pl.concat(tables)
 
 
-def human_rows(texts: pl.DataFrame, domain: str) -> pl.DataFrame:
-    """The human continuations of one domain."""
-    return texts.filter((pl.col("arm") == HUMAN) & (pl.col("domain") == domain))
+def halves(people: pl.DataFrame) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Human continuations of every second prefix, and of the others: one half beside the other is what the checks must
+    pass, and what text as good as human gets of the MAUVE-like divergence at this size."""
+    even = pl.col("text") % 2 == 0
+    return people.filter(even).with_columns(arm=pl.lit("one human half")), people.filter(~even)
 
 
 def _cycled(ids: Int[Tensor, "texts unit"], time: int) -> Int[Tensor, "texts time"]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.checkpoint import read_json, save_tensors, write_json
+from trimtab.errors import InputError
 from trimtab.pretrained import load_tokenizer
 from trimtab.repetition.arms import Arm, frozen_model
 from trimtab.repetition.config import RepetitionConfig
@@ -183,11 +184,19 @@ def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
         if f"{rate:g}" not in done:
             latest = bench.train(rate, seed, folder)
             kept = latest.trained.kept
-            done[f"{rate:g}"] = [kept.update, math.exp(kept.nats), bench.val_repetition(latest.policy)]
+            broken = math.isinf(kept.nats)  # a policy of NaN cannot be decoded
+            done[f"{rate:g}"] = [
+                kept.update, math.exp(kept.nats), 1.0 if broken else bench.val_repetition(latest.policy),
+            ]  # fmt: skip
             write_json(log, done)
             run = latest if _sweep(bench, done).best == rate else run
             del latest  # two whole models at a time are enough
     swept = _sweep(bench, done)
+    if not swept.table["val_perplexity"].is_finite().any():
+        raise InputError(
+            f"{bench.arm} falls apart at every learning rate: lower learning_rates or adapter_rate_factor of section "
+            "repetition."
+        )
     for rate in bench.rates():
         if rate != swept.best:
             bench.checkpoint(rate, seed, folder).unlink(missing_ok=True)

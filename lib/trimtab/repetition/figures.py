@@ -1,6 +1,7 @@
 """Figures of the comparison."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import cycle, islice, product
 
 import numpy as np
 import polars as pl
@@ -32,11 +33,11 @@ def plot_repetition(axis: Axes, reading: Grouped, *, seed: int = 0) -> None:
 def plot_trade(axis: Axes, reading: Grouped, nats: Grouped, *, seed: int = 0) -> None:
     """What each arm's repetition costs in perplexity."""
     arms = [arm for arm in nats.sums if arm != UNTRAINED]
-    for colour, arm in zip(COLOURS, arms, strict=False):
+    for (marker, colour), arm in zip(_styles("o^D"), arms, strict=False):
         cost, low, high = nats.relative(arm, UNTRAINED, seed=seed)
         error = [[cost - low], [high - cost]] if np.isfinite([low, high]).all() else None
         scaled = None if error is None else [[100 * e for e in side] for side in error]
-        axis.errorbar(100 * cost, reading.mean(arm), xerr=scaled, fmt="o", color=colour, label=arm, markersize=5)
+        axis.errorbar(100 * cost, reading.mean(arm), xerr=scaled, fmt=marker, color=colour, label=arm, markersize=5)
     axis.plot(0, reading.mean(UNTRAINED), "s", color=COLOURS[6], label=UNTRAINED)
     axis.axhline(reading.mean(HUMAN), color=COLOURS[5], linestyle="--", linewidth=1)
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
@@ -49,12 +50,15 @@ def plot_decoders(axis: Axes, readings: Mapping[str, Grouped], arms: Sequence[st
     """seq-rep-4 by decoder, a bar for each arm, ranges over seeds; the human row is a dashed line."""
     shown = [name for name, reading in readings.items() if all(arm in reading.sums for arm in arms)]
     width = 0.8 / len(arms)
-    for i, (arm, colour) in enumerate(zip(arms, [COLOURS[6], *COLOURS], strict=False)):
+    for i, (arm, (_, colour)) in enumerate(
+        zip(arms, [("", COLOURS[6]), *islice(_styles("o"), len(arms))], strict=False)
+    ):
         places = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * width
-        seeds = np.array([[readings[name].mean(arm, s) for s in range(readings[name].seeds)] for name in shown])
-        means = seeds.mean(axis=1)
-        error = [means - seeds.min(axis=1), seeds.max(axis=1) - means]
-        axis.bar(places, means, width, yerr=error, color=colour, label=arm, error_kw={"linewidth": 1})
+        # Slow decoders were read with the first seed alone.
+        seeds = [[readings[name].mean(arm, s) for s in range(readings[name].seeds)] for name in shown]
+        means = [float(np.mean(each)) for each in seeds]
+        below, above = ([abs(end(each) - m) for each, m in zip(seeds, means, strict=True)] for end in (min, max))
+        axis.bar(places, means, width, yerr=[below, above], color=colour, label=arm, error_kw={"linewidth": 1})
     axis.axhline(readings[shown[0]].mean(HUMAN), color=COLOURS[5], linestyle="--", linewidth=1, label=HUMAN)
     axis.set_xticks(range(len(shown)), shown, rotation=30, ha="right", fontsize=8)
     axis.set(ylabel="seq-rep-4")
@@ -64,11 +68,12 @@ def plot_decoders(axis: Axes, readings: Mapping[str, Grouped], arms: Sequence[st
 
 def plot_sentences(axis: Axes, sentences: pl.DataFrame) -> None:
     """Probability of a sentence's tokens against how often it has stood before."""
-    for colour, ((arm,), rows) in zip(
-        [COLOURS[6], *COLOURS], sentences.group_by("arm", maintain_order=True), strict=False
-    ):
+    styles = [("o", COLOURS[6]), *islice(_styles("o^D"), sentences["arm"].n_unique())]
+    for (marker, colour), ((arm,), rows) in zip(styles, sentences.group_by("arm", maintain_order=True), strict=False):
         mean = rows.group_by("repeat", maintain_order=True).agg(pl.col("probability").mean()).sort("repeat")
-        axis.plot(mean["repeat"] - 1, mean["probability"], "o-", color=colour, label=arm, markersize=3, linewidth=1.3)
+        axis.plot(
+            mean["repeat"] - 1, mean["probability"], f"{marker}-", color=colour, label=arm, markersize=3, linewidth=1.3
+        )
     axis.set(xlabel="times that the sentence has stood before", ylabel="probability of its tokens", ylim=(0, 1))
     axis.set_title("Self-reinforcement")
     axis.legend(fontsize=8)
@@ -89,9 +94,14 @@ def plot_training(axes: Sequence[Axes], history: pl.DataFrame, validations: pl.D
 
 
 def plot_lengths(axes: Sequence[Axes], lengths: Mapping[str, Sequence[int]]) -> None:
-    """Longest repeated stretch of each text, a histogram for each of up to as many decoders as there are axes."""
+    """Longest repeated stretch of each text, a histogram an axis."""
     longest = max(max(each) for each in lengths.values())
-    for axis, (decoder, each) in zip(axes, lengths.items(), strict=False):
+    for axis, (decoder, each) in zip(axes, lengths.items(), strict=True):
         axis.hist(each, bins=np.linspace(0, max(1, longest), 21).tolist(), color=COLOURS[0])
         axis.set(xlabel="tokens of the longest repeated stretch", ylabel="continuations")
         axis.set_title(decoder)
+
+
+def _styles(markers: str) -> Iterator[tuple[str, str]]:
+    """(marker, colour), none twice before all were there."""
+    return cycle(product(markers, COLOURS[:6]))

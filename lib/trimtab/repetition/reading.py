@@ -1,7 +1,7 @@
 """What is read of a trained model: continuations by every decoder, held-out text, sentences that are repeated."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -214,12 +214,10 @@ def repetition_of(texts: pl.DataFrame) -> pl.DataFrame:
     return pl.DataFrame(rows)
 
 
-def longest_repeats(texts: pl.DataFrame) -> dict[str, list[int]]:
+def longest_repeats(texts: pl.DataFrame, decoders: Sequence[str]) -> dict[str, list[int]]:
     """Tokens of the longest stretch that stands twice in each text, by decoder."""
-    return {
-        str(decoder): longest_repeat(torch.tensor(some["tokens"].to_list())).tolist()
-        for (decoder,), some in texts.group_by("decoder", maintain_order=True)
-    }
+    of = {decoder: texts.filter(pl.col("decoder") == decoder)["tokens"].to_list() for decoder in decoders}
+    return {decoder: longest_repeat(torch.tensor(tokens)).tolist() for decoder, tokens in of.items()}
 
 
 def perplexities(nats: pl.DataFrame) -> pl.DataFrame:

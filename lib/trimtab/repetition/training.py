@@ -56,7 +56,7 @@ class Reading:
     update: int
     """Updates before it."""
     nats: float
-    """Mean of a validation token."""
+    """Mean of a validation token; infinite where the run has fallen apart."""
 
 
 @dataclass(frozen=True)
@@ -129,8 +129,9 @@ def train(
         bar.set_postfix(kind=kind, reward=f"{seen.reward:.2f}", refresh=False)
         bar.update()
         if number in read_after:
-            readings.append(Reading(number, validate(policy)))
-            if readings[-1].nats == min(reading.nats for reading in readings):
+            nats = validate(policy)
+            readings.append(Reading(number, nats if math.isfinite(nats) else math.inf))
+            if not best or readings[-1].nats < min(reading.nats for reading in readings[:-1]):
                 best = {name: parameter.detach().clone() for name, parameter in policy.trained.items()}
         last = number == config.updates
         if checkpoint is not None and (last or time.monotonic() - last_save > SAVE_EVERY):
