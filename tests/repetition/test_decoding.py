@@ -6,9 +6,11 @@ import itertools
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 
 from trimtab.errors import InputError
 from trimtab.interventions import steer, wrap
+from trimtab.repetition import decoding
 from trimtab.repetition.decoding import FORMS, Decoder, DRYProcessor, breakers_of, continuations, together
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import rollout
@@ -142,19 +144,35 @@ def greedy_token(model):
     return int(model(PREFIXES[:1]).logits[0, -1].argmax())
 
 
-def test_several_decoders_together_are_each_by_itself(policy):
-    """In fp32, and in batches that do not divide the texts."""
+def test_several_tasks_together_are_each_by_itself(policy):
+    """In fp32, in batches that do not divide the rows, and with other prefixes for one."""
     alone = [name for name in NAMES if Decoder.of(name).alone]
-    found = together(policy, PREFIXES, 12, [Decoder.of(name) for name in alone], seed=3, batch=2, breakers=[9])
-    assert list(found) == alone
-    for name, each in found.items():
+    tasks = [(Decoder.of(name), PREFIXES) for name in alone] + [(Decoder.of("greedy"), PREFIXES[1:3] + 1)]
+    *found, other = together(policy, tasks, 12, seed=3, batch=4, breakers=[9])
+    for name, each in zip(alone, found, strict=True):
         assert torch.equal(each, decoded(policy, name, seed=3, breakers=[9])), name
+    assert torch.equal(other, continuations(policy, PREFIXES[1:3] + 1, 12, Decoder.of("greedy")))
 
 
 @pytest.mark.parametrize("names", [["greedy", "beam-3"], []])
 def test_searches_are_not_for_together(policy, names):
     with pytest.raises(InputError, match="token by token"):
-        together(policy, PREFIXES, 2, [Decoder.of(name) for name in names])
+        together(policy, [(Decoder.of(name), PREFIXES) for name in names], 2)
+
+
+@pytest.mark.parametrize(("name", "warper"), [("top-k-5", TopKLogitsWarper(5)), ("nucleus-0.7", TopPLogitsWarper(0.7))])
+@pytest.mark.parametrize("head", [4, 1024])
+def test_draws_are_from_what_transformers_leaves_in_its_proportions(name, warper, head, monkeypatch):
+    """Also where the nucleus is larger than the head that is looked at first."""
+    monkeypatch.setattr(decoding, "HEAD", head)
+    logits = 2 * torch.randn(1, 40, generator=torch.Generator().manual_seed(5))
+    wanted = warper(None, logits.clone()).softmax(dim=1)[0]
+    generator = torch.Generator().manual_seed(6)
+    rows = 4000
+    drawn = decoding._drawn(logits.expand(rows, -1), Decoder.of(name), [generator] * rows)
+    share = torch.bincount(drawn[:, 0], minlength=40) / rows
+    assert set(drawn[:, 0].tolist()) == set(wanted.nonzero()[:, 0].tolist())
+    assert (share - wanted).abs().max() < 0.03
 
 
 class TestLikeliest:

@@ -18,7 +18,7 @@ from trimtab.rl.policy import Policy
 CONFIG = RepetitionConfig(
     updates=3, prefixes=2, prefix_tokens=8, tokens=10, n=2, readings=1, learning_rates=(1e-3, 3e-3),
     adapter_rate_factor=10.0, seeds=(0, 1), val_prefixes=3, val_tokens=100, test_prefixes=5, other_prefixes=2,
-    test_tokens=300, row_tokens=100, decoders=("greedy", "nucleus-0.9"), once_decoders=("beam-2",),
+    test_tokens=300, other_tokens=300, row_tokens=100, decoders=("greedy", "nucleus-0.9"), once_decoders=("beam-2",),
     base_decoders=("no-repeat-2",), sentences=0,
     repeats=3, dtype="float32",
 )  # fmt: skip

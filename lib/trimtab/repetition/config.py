@@ -76,7 +76,9 @@ class RepetitionConfig(TrainingConfig):
     other_prefixes: int = 32
     """The same of each other domain, greedily alone."""
     test_tokens: int = 16_000
-    """Of held-out text whose perplexity is read, of each domain."""
+    """Of held-out text whose perplexity is read ..."""
+    other_tokens: int = 16_000
+    """... and the same of each other domain; 0: none."""
     row_tokens: int = 1024
     """Tokens of one such row, at most; no row crosses a document."""
     decoders: tuple[str, ...] = ("greedy", "top-k-3", "top-k-8", "nucleus-0.3", "nucleus-0.9")
@@ -89,8 +91,8 @@ class RepetitionConfig(TrainingConfig):
     """Held-out sentences whose probability is read as they are repeated ..."""
     repeats: int = 8
     """... so many times."""
-    batch: int = 32
-    """Continuations decoded at a time."""
+    batch: int = 64
+    """Continuations decoded at a time, of whatever decoders."""
     dtype: str = "bfloat16"
     """What the model computes in; trained parameters are fp32."""
 
@@ -99,8 +101,8 @@ class RepetitionConfig(TrainingConfig):
         for name in ("val_prefixes", "val_tokens", "test_prefixes", "test_tokens", "row_tokens", "batch", "repeats"):
             if getattr(self, name) < 1:
                 raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
-        if min(self.other_prefixes, self.sentences) < 0:
-            raise InputError("repetition: other_prefixes and sentences must not be negative.")
+        if min(self.other_prefixes, self.other_tokens, self.sentences) < 0:
+            raise InputError("repetition: other_prefixes, other_tokens and sentences must not be negative.")
         if not self.learning_rates or min(self.learning_rates) <= 0 or self.adapter_rate_factor <= 0:
             raise InputError("repetition: learning_rates and adapter_rate_factor must be positive.")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

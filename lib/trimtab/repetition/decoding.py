@@ -11,6 +11,8 @@ against. So is alpha-entmax sampling, which only suits a model trained with the 
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,8 +23,6 @@ from transformers.generation import (
     LogitsProcessor,
     NoRepeatNGramLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
 )
 
 from trimtab.epochs import mix
@@ -93,10 +93,6 @@ class Decoder:
     def processor(self, breakers: Collection[int]) -> LogitsProcessor | None:
         """What changes the logits before the choice; None for nothing."""
         match self.kind:
-            case "top-k":
-                return TopKLogitsWarper(self.count)
-            case "nucleus":
-                return TopPLogitsWarper(self.value)
             case "penalty":
                 return RepetitionPenaltyLogitsProcessor(self.value)
             case "no-repeat":
@@ -133,8 +129,8 @@ def continuations(
             "continuations: prefixes, tokens and batch must not be empty or 0, "
             f"not {list(prefixes.shape)}, {tokens} and {batch}."
         )
-    generators = [torch.Generator().manual_seed(mix(seed, i)) for i in range(len(prefixes))]
-    processor = decoder.processor(breakers)
+    if decoder.alone:
+        return together(policy, [(decoder, prefixes)], tokens, seed=seed, batch=batch, breakers=breakers)[0]
     found = []
     with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1) as bar:
         for start in range(0, len(prefixes), batch):
@@ -142,11 +138,8 @@ def continuations(
             growth = _Growth(policy, ids, tokens, bar)
             if decoder.kind == "beam":
                 grown = _beam(growth, ids, tokens, decoder.count)
-            elif decoder.kind == "contrastive":
-                grown = _contrastive(growth, ids, tokens, decoder.count, decoder.value)
             else:
-                drawn = [each if decoder.samples else None for each in generators[start : start + batch]]
-                grown = _token_by_token(growth, ids, tokens, processor, drawn)
+                grown = _contrastive(growth, ids, tokens, decoder.count, decoder.value)
             found.append(grown[:, -tokens:].cpu())
     return torch.cat(found)
 
@@ -154,47 +147,82 @@ def continuations(
 @torch.no_grad()
 def together(
     policy: Policy,
-    prefixes: Int[Tensor, "texts prefix"],
+    tasks: Sequence[tuple[Decoder, Int[Tensor, "_ prefix"]]],
     tokens: int,
-    decoders: Sequence[Decoder],
     *,
     seed: int = 0,
-    batch: int = 16,
+    batch: int = 64,
     breakers: Collection[int] = (),
-) -> dict[str, Int[Tensor, "texts time"]]:
-    """`continuations` by several decoders that choose token by token, by name; a batch holds its texts once for each:
-    on a CPU most of a step is reading the weights, however many rows there are. Raises InputError for beam and
+) -> list[Int[Tensor, "_ time"]]:
+    """`continuations` of each task, a decoder that chooses token by token with its prefixes, `batch` rows of whatever
+    tasks at a time: on a CPU half of a step is the same however many rows there are. Raises InputError for beam and
     contrastive search."""
-    wrong = [decoder.name for decoder in decoders if not decoder.alone]
-    if wrong or not decoders:
+    wrong = [decoder.name for decoder, _ in tasks if not decoder.alone]
+    if wrong or not tasks:
         raise InputError(f"together: {wrong[0] if wrong else 'nothing'} does not choose token by token.")
-    processors = [decoder.processor(breakers) for decoder in decoders]
-    title, found = ", ".join(decoder.name for decoder in decoders), []
-    with tqdm(total=len(prefixes) * len(decoders) * tokens, desc=title, unit="token", mininterval=1) as bar:
-        for start in range(0, len(prefixes), batch):
-            some = prefixes[start : start + batch].to(policy.device, torch.long)
-            ids = some.repeat(len(decoders), 1)
-            generators = [
-                torch.Generator().manual_seed(mix(seed, start + i)) if decoder.samples else None
-                for decoder in decoders
-                for i in range(len(some))
-            ]
-            growth, change = _Growth(policy, ids, tokens, bar), _Each(processors, len(some))
-            grown = _token_by_token(growth, ids, tokens, change, generators)[:, -tokens:]
-            found.append(grown.cpu().view(len(decoders), len(some), tokens))
-    return dict(zip([decoder.name for decoder in decoders], torch.cat(found, dim=1), strict=True))
+    choices = [
+        _Choice(decoder, decoder.processor(breakers), torch.Generator().manual_seed(mix(seed, i)))
+        for decoder, prefixes in tasks
+        for i in range(len(prefixes))
+    ]
+    rows, found = torch.cat([prefixes for _, prefixes in tasks]), []
+    title = ", ".join(dict.fromkeys(decoder.name for decoder, _ in tasks))
+    with tqdm(total=len(rows) * tokens, desc=title, unit="token", mininterval=1) as bar:
+        for start in range(0, len(rows), batch):
+            ids = rows[start : start + batch].to(policy.device, torch.long)
+            grown = _token_by_token(_Growth(policy, ids, tokens, bar), ids, tokens, choices[start : start + batch])
+            found.append(grown[:, -tokens:].cpu())
+    return list(torch.cat(found).split([len(prefixes) for _, prefixes in tasks]))
 
 
-class _Each(LogitsProcessor):
-    """A processor, or none, for each run of so many rows."""
+class _Choice(NamedTuple):
+    """How one row goes on."""
 
-    def __init__(self, processors: Sequence[LogitsProcessor | None], rows: int) -> None:
-        self.processors, self.rows = processors, rows
+    decoder: Decoder
+    processor: LogitsProcessor | None
+    generator: torch.Generator
 
-    def __call__(self, input_ids: Int[Tensor, "rows seq"], scores: Float[Tensor, "rows vocab"]) -> Tensor:
-        """The logits, changed run by run."""
-        runs = zip(self.processors, input_ids.split(self.rows), scores.split(self.rows), strict=True)
-        return torch.cat([some if change is None else change(ids, some) for change, ids, some in runs])
+
+HEAD = 1024
+"""Likeliest tokens among which a nucleus is looked for first: sorting a whole vocabulary takes most of a step."""
+
+
+def _next(
+    ids: Int[Tensor, "rows seq"], logits: Float[Tensor, "rows vocab"], choices: Sequence[_Choice]
+) -> Int[Tensor, "rows 1"]:
+    """A token for each row; rows of one decoder that stand together are processed together."""
+    parts, start = [], 0
+    for _, run in groupby(choices, key=lambda choice: choice.decoder):
+        group = list(run)
+        some, past = logits[start : start + len(group)], ids[start : start + len(group)]
+        start += len(group)
+        decoder, processor = group[0].decoder, group[0].processor
+        if processor is not None:
+            some = processor(past, some)
+        if decoder.samples:
+            parts.append(_drawn(some, decoder, [choice.generator for choice in group]).to(ids.device))
+        else:
+            parts.append(some.argmax(dim=1, keepdim=True))
+    return torch.cat(parts)
+
+
+def _drawn(
+    logits: Float[Tensor, "rows vocab"], decoder: Decoder, generators: Sequence[torch.Generator]
+) -> Int[Tensor, "rows 1"]:
+    """Drawn from the K likeliest tokens, from the fewest that hold P of the probability, or from all. What
+    transformers' TopKLogitsWarper and TopPLogitsWarper leave, ties apart, without sorting the whole vocabulary."""
+    probs = logits.softmax(dim=1)
+    if decoder.kind == "sampling":
+        each = [draw(row[None], generator) for row, generator in zip(probs.cpu(), generators, strict=True)]
+        return torch.cat(each)
+    size = min(decoder.count if decoder.kind == "top-k" else HEAD, probs.shape[1])
+    head, tokens = probs.topk(size, dim=1)
+    if decoder.kind == "nucleus":
+        if bool((head.sum(dim=1) < decoder.value).any()):
+            head, tokens = probs.sort(dim=1, descending=True)
+        head = torch.where(head.cumsum(dim=1) - head < decoder.value, head, 0)
+    each = [draw(row[None], generator) for row, generator in zip(head.cpu(), generators, strict=True)]
+    return tokens.cpu().gather(1, torch.cat(each))
 
 
 class _Growth:
@@ -219,23 +247,12 @@ class _Growth:
 
 
 def _token_by_token(
-    growth: _Growth,
-    ids: Int[Tensor, "texts prefix"],
-    tokens: int,
-    processor: LogitsProcessor | None,
-    generators: Sequence[torch.Generator | None],
+    growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, choices: Sequence[_Choice]
 ) -> Int[Tensor, "texts whole"]:
-    """The likeliest token at each step, or in rows that have a generator a drawn one."""
-    new, drawing = ids, [i for i, generator in enumerate(generators) if generator is not None]
+    """Each row by itself."""
+    new = ids
     for _ in range(tokens):
-        logits = growth.logits(growth.read(new)[:, -1])
-        if processor is not None:
-            logits = processor(ids, logits)
-        new = logits.argmax(dim=1, keepdim=True)
-        if drawing:
-            probs = logits[drawing].softmax(dim=1).cpu()
-            each = [draw(row[None], generators[i]) for i, row in zip(drawing, probs, strict=True)]
-            new[drawing] = torch.cat(each).to(ids.device)
+        new = _next(ids, growth.logits(growth.read(new)[:, -1]), choices)
         ids = torch.cat([ids, new], dim=1)
     return ids
 

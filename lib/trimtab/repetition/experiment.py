@@ -105,22 +105,23 @@ class Bench:
 
     def val_repetition(self, policy: Policy) -> float:
         """seq-rep-n of greedy continuations of validation prefixes."""
-        continued = self.continued(policy, self.val_prefixes, ["greedy"])["greedy"]
+        (continued,) = self.continued(policy, [("greedy", self.val_prefixes)])
         return seq_rep(continued, self.config.n).mean().item()
 
     def continued(
-        self, policy: Policy, prefixes: Int[Tensor, "texts prefix"], names: Sequence[str]
-    ) -> dict[str, Int[Tensor, "texts tokens"]]:
-        """Continuations of full length, by decoder."""
-        decoders = [Decoder.of(name) for name in names]
-        alone = [decoder for decoder in decoders if decoder.alone]
-        breakers = breakers_of(self.tokenizer) if "dry" in names else []
+        self, policy: Policy, tasks: Sequence[tuple[str, Int[Tensor, "_ prefix"]]]
+    ) -> list[Int[Tensor, "_ tokens"]]:
+        """Continuations of full length, for each decoder and its prefixes; token by token all of them together."""
+        decoders = [Decoder.of(name) for name, _ in tasks]
         shared: dict[str, Any] = {"seed": EVALUATION_SEED, "batch": self.config.batch}
-        found = together(policy, prefixes, self.config.tokens, alone, breakers=breakers, **shared) if alone else {}
-        for decoder in decoders:
-            if not decoder.alone:
-                found[decoder.name] = continuations(policy, prefixes, self.config.tokens, decoder, **shared)
-        return {name: found[name] for name in names}
+        alone = [(decoder, prefixes) for decoder, (_, prefixes) in zip(decoders, tasks, strict=True) if decoder.alone]
+        breakers = breakers_of(self.tokenizer) if any(decoder.kind == "dry" for decoder in decoders) else []
+        joint = together(policy, alone, self.config.tokens, breakers=breakers, **shared) if alone else []
+        at = iter(joint)
+        return [
+            next(at) if decoder.alone else continuations(policy, prefixes, self.config.tokens, decoder, **shared)
+            for decoder, (_, prefixes) in zip(decoders, tasks, strict=True)
+        ]
 
     def train(self, rate: float, seed: int, folder: Path) -> "Run":
         """One run, or what its checkpoint in the folder holds."""

@@ -100,20 +100,28 @@ def keep(bench: Bench, readings: Readings, folder: Path, out: Path) -> None:
 def read(bench: Bench, run: Run, seed: int) -> Readings:
     """Every reading of a policy."""
     policy, config = run.policy, bench.config
-    texts = [
-        _text_rows(passages, domain, decoder, continued)
+    wanted = [
+        (domain, passages, decoder, prefixes)
         for domain, passages, prefixes in _domains(bench)
-        for decoder, continued in bench.continued(
-            policy, prefixes, bench.decoders(seed) if domain == bench.domain else ["greedy"]
-        ).items()
+        for decoder in (bench.decoders(seed) if domain == bench.domain else ["greedy"])
     ]
-    rows = {each: bench.library.rows("test", each, config.row_tokens, config.test_tokens, 0) for each in config.domains}
+    continued = bench.continued(policy, [(decoder, prefixes) for _, _, decoder, prefixes in wanted])
+    texts = [
+        _text_rows(passages, domain, decoder, each)
+        for (domain, passages, decoder, _), each in zip(wanted, continued, strict=True)
+    ]
+    budgets = dict.fromkeys(config.domains, config.other_tokens) | {bench.domain: config.test_tokens}
+    rows = {
+        domain: bench.library.rows("test", domain, config.row_tokens, budget, 0)
+        for domain, budget in budgets.items()
+        if budget
+    }
     single = single_token(logits_of(policy), [row for row, _ in rows[bench.domain]])
     nats = [
         (bench.domain, group, tokens, sum_)
         for (_, group), tokens, sum_ in zip(rows[bench.domain], single.row_tokens, single.row_nats, strict=True)
     ]
-    for domain in config.domains[1:]:
+    for domain in [each for each in rows if each != bench.domain]:
         nats += [(domain, group, len(row) - 1, float(row_nats(policy, row).sum())) for row, group in rows[domain]]
     of_text = pl.DataFrame(nats, schema=["domain", "group", "tokens", "nats"], orient="row")
     truncated = pl.DataFrame([{"truncation": name, **asdict(each)} for name, each in single.truncated.items()])
