@@ -1,8 +1,11 @@
 """Run one function on many jobs: inline, or in processes of their own; what is finished stays finished."""
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ def each(
     elif missing:
         threads = max(1, torch.get_num_threads() // workers)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, torch.set_num_threads, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin, (threads,)) as pool:
             futures = {pool.submit(function, *jobs[i]): i for i in missing}
             try:
                 for future in as_completed(futures):
@@ -52,3 +55,12 @@ def each(
                 raise
     bar.close()
     return [read_json(file) for file in files]
+
+
+def _begin(threads: int) -> None:
+    """In a worker: take its share of threads, and end with the parent even where that is killed. An orphan would go on
+    beside the resumed run, in the same files."""
+    torch.set_num_threads(threads)
+    parent = multiprocessing.parent_process()
+    assert parent
+    threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

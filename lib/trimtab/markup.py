@@ -2,6 +2,9 @@
 
 import html
 import unicodedata
+from collections.abc import Iterator
+
+from transformers import PreTrainedTokenizerBase
 
 JOINERS = "\u200c\u200d"
 """Format characters that scripts and emoji need, and that change nothing beyond their neighbours."""
@@ -26,3 +29,14 @@ def visible(text: str) -> str:
 def escaped(text: str) -> str:
     """`visible`, as HTML text or the value of an attribute."""
     return html.escape(visible(text), quote=True)
+
+
+def whole_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[slice, str]]:
+    """The text of tokens in pieces, each with the tokens that spell it: one, but for a character of several."""
+    done, start = "", 0
+    for end in range(1, len(ids) + 1):
+        text = str(tokenizer.decode(ids[:end]))
+        if text.endswith("\ufffd") and end < len(ids):  # a character that the next token goes on with
+            continue
+        yield slice(start, end), text[len(done) :]
+        done, start = text, end

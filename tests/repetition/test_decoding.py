@@ -11,7 +11,8 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from trimtab.errors import InputError
 from trimtab.interventions import steer, wrap
 from trimtab.repetition import decoding
-from trimtab.repetition.decoding import FORMS, Decoder, DRYProcessor, breakers_of, continuations, together
+from trimtab.repetition.decoding import FORMS, Decoder, continuations, together
+from trimtab.repetition.dry import DRYProcessor, breakers_of
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import rollout
 

@@ -3,26 +3,23 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
 
 from trimtab.epochs import mix
 from trimtab.errors import InputError
-from trimtab.interventions import steer, wrap
-from trimtab.pretrained import load_model, load_tokenizer
+from trimtab.interventions import steer
+from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
 
 if TYPE_CHECKING:
-    from nnsight import TransformersModel
+    pass
 
 Kind = Literal["likelihood", "likelihood+tokens", "unlikelihood", "policy", "both"]
 """Of an update: likelihood of a block of text, the same with token unlikelihood, sequence unlikelihood of rollouts,
 policy gradient on rollouts, or the last two from one pass over the same rollouts."""
-
-
 VECTORS = "vectors"
 """Name of the trained tensor of steering arms, [layers, d_model]."""
 
@@ -71,11 +68,7 @@ class Arm:
     name: str
 
     def __post_init__(self) -> None:
-        if self._match() is None:
-            raise InputError(
-                f"{self.name!r} is not an arm: write one of {', '.join(OBJECTIVES)}, alone or followed by -steering "
-                "or -lora-R."
-            )
+        _ = self._parts
 
     def __str__(self) -> str:
         return self.name
@@ -83,9 +76,7 @@ class Arm:
     @property
     def objective(self) -> str:
         """A name of `OBJECTIVES`."""
-        match = self._match()
-        assert match
-        return match[1]
+        return self._parts[0]
 
     @property
     def mix(self) -> Mix:
@@ -100,41 +91,28 @@ class Arm:
     @property
     def full(self) -> bool:
         """Whether every weight is trained."""
-        return self.name == self.objective
+        return not self._parts[1]
 
     def policy(self, folder: str, *, dtype: str, device: str, seed: int = 0) -> Policy:
         """A fresh policy of the model in a folder, at the base model's behaviour. `seed`: of LoRA's random factors."""
         wrapped = frozen_model(folder, dtype=dtype, device=device)
         if self.full:
             return FullPolicy(wrapped)
-        if self.name.endswith("-steering"):
+        if self._parts[1] == "-steering":
             layers, width = wrapped._module.config.num_hidden_layers, wrapped._module.config.hidden_size
             vectors = torch.zeros(layers, width, device=device)
             return Policy(steer(wrapped, range(layers), lambda: vectors), {VECTORS: vectors}, wrapped)
-        match = self._match()
-        assert match
-        return Policy(wrapped, _adapters(wrapped, int(match[3]), seed), wrapped)
+        return Policy(wrapped, inject_lora(wrapped, "all-linear", int(self._parts[2]), seed), wrapped)
 
-    def _match(self) -> re.Match[str] | None:
+    @cached_property
+    def _parts(self) -> tuple[str, str, str]:
+        """Objective, what follows it, and LoRA's rank, the latter two empty where there is none."""
         # Longest first: implicit-shuffled is not implicit followed by something.
         objectives = "|".join(sorted(OBJECTIVES, key=len, reverse=True))
-        return re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d*))?", self.name)
-
-
-def frozen_model(folder: str, *, dtype: str, device: str) -> "TransformersModel":
-    """The model in a folder under nnsight, none of its weights trained."""
-    model = load_model(folder, dtype=dtype, device=device)
-    model.requires_grad_(False)
-    return wrap(model, load_tokenizer(folder))
-
-
-def _adapters(wrapped: "TransformersModel", rank: int, seed: int) -> dict[str, Tensor]:
-    """LoRA on all linear layers of the blocks, alpha = rank, in fp32; its tensors by name."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules="all-linear", lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, wrapped._module)
-    trained = {name: p for name, p in wrapped._module.named_parameters() if "lora_" in name}
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
-    return trained
+        match = re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d*))?", self.name)
+        if match is None:
+            raise InputError(
+                f"{self.name!r} is not an arm: write one of {', '.join(OBJECTIVES)}, alone or followed by -steering "
+                "or -lora-R."
+            )
+        return match[1], match[2] or "", match[3] or ""

@@ -1,13 +1,12 @@
 """Arms compared on the same held-out prefixes and rows of text: means by group, differences under resampling."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import polars as pl
-import torch
 from jaxtyping import Float
 
 from trimtab.claims import ratio_terms, seeds_and_groups
@@ -15,6 +14,7 @@ from trimtab.errors import InputError
 from trimtab.repetition.arms import Arm
 from trimtab.repetition.experiment import UNTRAINED
 from trimtab.repetition.ngrams import seq_rep
+from trimtab.repetition.texts import stacked
 
 NEEDED = (UNTRAINED, "unlikelihood", "implicit")
 """Arms without which there is nothing to compare; claims about others are judged where these are there."""
@@ -48,13 +48,11 @@ def read_table(trained: Path, arms: Sequence[str], name: str) -> pl.DataFrame:
 
 
 def read_texts(trained: Path, arms: Sequence[str]) -> pl.DataFrame:
-    """Continuations of every arm, and the human ones as arm and decoder `human`; `seq_rep_1` to `seq_rep_4` are
-    added."""
+    """Continuations of every arm, and the human ones as arm and decoder `human`; `seq_rep_4` is added."""
     texts = pl.concat(
         [read_table(trained, arms, "texts"), read_table(trained, [UNTRAINED], "human").with_columns(arm=pl.lit(HUMAN))]
     )
-    tokens = torch.from_numpy(np.stack(texts["tokens"].to_list())).long()
-    return texts.with_columns(pl.Series(f"seq_rep_{n}", seq_rep(tokens, n).numpy()) for n in (1, 2, 3, 4))
+    return texts.with_columns(pl.Series("seq_rep_4", seq_rep(stacked(texts), 4).numpy()))
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ class Grouped:
         effect, low, high = self._interval(share, seed)
         return (effect, low, high) if self.difference(base, other, seed=seed)[1] > 0 else (effect, -np.inf, np.inf)
 
-    def _interval(self, statistic, seed: int) -> Interval:  # type: ignore[no-untyped-def]
+    def _interval(self, statistic: Callable[[int, Weights], float], seed: int) -> Interval:
         return seeds_and_groups(statistic, seeds=self.seeds, groups=self.groups, seed=seed)
 
 

@@ -93,12 +93,24 @@ class RepetitionConfig(TrainingConfig):
     """... so many times."""
     batch: int = 64
     """Continuations decoded at a time, of whatever decoders."""
+    workers: int = 1
+    """Runs at once, each a process with its share of the threads: decoding a few rows leaves most of a second thread
+    idle. More of them need as many whole models' memory."""
     dtype: str = "bfloat16"
     """What the model computes in; trained parameters are fp32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("val_prefixes", "val_tokens", "test_prefixes", "test_tokens", "row_tokens", "batch", "repeats"):
+        for name in (
+            "val_prefixes",
+            "val_tokens",
+            "test_prefixes",
+            "test_tokens",
+            "row_tokens",
+            "batch",
+            "repeats",
+            "workers",
+        ):
             if getattr(self, name) < 1:
                 raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
         if min(self.other_prefixes, self.other_tokens, self.sentences) < 0:

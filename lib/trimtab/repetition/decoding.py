@@ -16,9 +16,8 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 from transformers.generation import (
     LogitsProcessor,
     NoRepeatNGramLogitsProcessor,
@@ -27,14 +26,13 @@ from transformers.generation import (
 
 from trimtab.epochs import mix
 from trimtab.errors import InputError
-from trimtab.rl.cache import RoomyCache
+from trimtab.repetition.dry import DRYProcessor
+from trimtab.repetition.searches import Growth, beam, contrastive
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import draw
 
 FORMS = ("greedy", "beam-N", "top-k-K", "nucleus-P", "sampling", "penalty-X", "no-repeat-N", "dry", "contrastive-K-A")
 """How decoders are named; N and K are whole numbers, P, X and A are not."""
-BREAKERS = ("\n", ":", '"', "*")
-"""What ends a repetition for DRY: lists, dialogue and mark-up repeat rightly."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Decoder:
     `penalty-X`         a positive logit of any token seen so far, the prefix's included as in transformers, is divided
                         by X, a negative one multiplied (CTRL, Keskar et al. 2019)
     `no-repeat-N`       no N-gram a second time, those of the prefix included
-    `dry`               see `DRYProcessor`
+    `dry`               see `dry.DRYProcessor`
     `contrastive-K-A`   of the K likeliest v the largest (1 - A) p(v) - A max_j cos(h_v, h_j), over the final hidden
                         states h_j of all tokens so far (Su et al. 2022)
     """
@@ -102,12 +100,6 @@ class Decoder:
         return None
 
 
-def breakers_of(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Ids of all tokens in whose text one of `BREAKERS` stands."""
-    texts = (tokenizer.decode([token]) for token in range(len(tokenizer)))
-    return [token for token, text in enumerate(texts) if any(breaker in text for breaker in BREAKERS)]
-
-
 @torch.no_grad()
 def continuations(
     policy: Policy,
@@ -122,7 +114,7 @@ def continuations(
     """`tokens` ids that follow each prefix, which is left out; on the CPU.
 
     `batch`: texts decoded together; of each, beam search runs N rows and contrastive search K. What is drawn depends
-    on `seed` and a text's place among `prefixes`, not on the batch. `breakers`: ids for `dry`, see `breakers_of`.
+    on `seed` and a text's place among `prefixes`, not on the batch. `breakers`: ids for `dry`, see `dry.breakers_of`.
     """
     if tokens < 1 or batch < 1 or 0 in prefixes.shape:
         raise InputError(
@@ -135,11 +127,11 @@ def continuations(
     with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1) as bar:
         for start in range(0, len(prefixes), batch):
             ids = prefixes[start : start + batch].to(policy.device, torch.long)
-            growth = _Growth(policy, ids, tokens, bar)
+            growth = Growth(policy, ids, tokens, bar)
             if decoder.kind == "beam":
-                grown = _beam(growth, ids, tokens, decoder.count)
+                grown = beam(growth, ids, tokens, decoder.count)
             else:
-                grown = _contrastive(growth, ids, tokens, decoder.count, decoder.value)
+                grown = contrastive(growth, ids, tokens, decoder.count, decoder.value)
             found.append(grown[:, -tokens:].cpu())
     return torch.cat(found)
 
@@ -170,7 +162,7 @@ def together(
     with tqdm(total=len(rows) * tokens, desc=title, unit="token", mininterval=1) as bar:
         for start in range(0, len(rows), batch):
             ids = rows[start : start + batch].to(policy.device, torch.long)
-            grown = _token_by_token(_Growth(policy, ids, tokens, bar), ids, tokens, choices[start : start + batch])
+            grown = _token_by_token(Growth(policy, ids, tokens, bar), ids, tokens, choices[start : start + batch])
             found.append(grown[:, -tokens:].cpu())
     return list(torch.cat(found).split([len(prefixes) for _, prefixes in tasks]))
 
@@ -225,29 +217,8 @@ def _drawn(
     return tokens.cpu().gather(1, torch.cat(each))
 
 
-class _Growth:
-    """Sequences of one length that grow together: what was computed for their earlier tokens is kept."""
-
-    def __init__(self, policy: Policy, prefixes: Tensor, tokens: int, bar: tqdm) -> None:
-        self.policy, self.bar, self.texts, self.seen = policy, bar, len(prefixes), 0
-        self.cache = RoomyCache(prefixes.shape[1] + tokens)
-
-    def read(self, ids: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new d_model"]:
-        """Final hidden states of the next tokens, which are these."""
-        rows, new = ids.shape
-        positions = torch.arange(self.seen, self.seen + new, device=ids.device).expand(rows, -1)
-        self.seen += new
-        attend = torch.ones(rows, self.seen, dtype=torch.long, device=ids.device)
-        return self.policy.hidden(ids, attend, positions, self.cache)
-
-    def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
-        """Of the token after these states, in fp32. Asked for once a step, so the bar moves."""
-        self.bar.update(self.texts)
-        return self.policy.unembedding(hidden).float()
-
-
 def _token_by_token(
-    growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, choices: Sequence[_Choice]
+    growth: Growth, ids: Int[Tensor, "texts prefix"], tokens: int, choices: Sequence[_Choice]
 ) -> Int[Tensor, "texts whole"]:
     """Each row by itself."""
     new = ids
@@ -255,79 +226,3 @@ def _token_by_token(
         new = _next(ids, growth.logits(growth.read(new)[:, -1]), choices)
         ids = torch.cat([ids, new], dim=1)
     return ids
-
-
-def _beam(growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, width: int) -> Int[Tensor, "texts whole"]:
-    """The likeliest of `width` sequences. All have one length, so that no length penalty could change their order."""
-    new, ids = ids, ids.repeat_interleave(width, dim=0)
-    score = torch.full((growth.texts, width), -torch.inf, device=ids.device)
-    score[:, 0] = 0  # the beams begin alike: only one may branch
-    first = torch.arange(growth.texts, device=ids.device)[:, None] * width
-    for step in range(tokens):
-        hidden = growth.read(new)[:, -1]
-        if step == 0:
-            growth.cache.batch_repeat_interleave(width)
-            hidden = hidden.repeat_interleave(width, dim=0)
-        log_probs = growth.logits(hidden).log_softmax(dim=1)
-        vocabulary = log_probs.shape[1]
-        score, best = (score.view(-1, 1) + log_probs).view(growth.texts, -1).topk(width)
-        parents = (first + best // vocabulary).flatten()
-        new = (best % vocabulary).view(-1, 1)
-        growth.cache.batch_select_indices(parents)
-        ids = torch.cat([ids[parents], new], dim=1)
-    return ids[first[:, 0]]
-
-
-def _contrastive(
-    growth: _Growth, ids: Int[Tensor, "texts prefix"], tokens: int, k: int, alpha: float
-) -> Int[Tensor, "texts whole"]:
-    """All k candidates of a step are read, each in a row of its own, and the chosen one is copied to the others."""
-    hidden = growth.read(ids)
-    growth.cache.batch_repeat_interleave(k)
-    earlier, last = nn.functional.normalize(hidden.float(), dim=2), hidden[:, -1]
-    text = torch.arange(growth.texts, device=ids.device)
-    for _ in range(tokens):
-        probs, candidates = growth.logits(last).softmax(dim=1).topk(k)
-        states = growth.read(candidates.view(-1, 1)).view(growth.texts, k, -1)
-        directions = nn.functional.normalize(states.float(), dim=2)
-        degeneration = torch.einsum("tkd,tpd->tkp", directions, earlier).amax(dim=2)
-        chosen = ((1 - alpha) * probs - alpha * degeneration).argmax(dim=1)
-        growth.cache.batch_select_indices((text * k + chosen).repeat_interleave(k))
-        ids = torch.cat([ids, candidates[text, chosen, None]], dim=1)
-        earlier = torch.cat([earlier, directions[text, chosen, None]], dim=1)
-        last = states[text, chosen]
-    return ids
-
-
-class DRYProcessor(LogitsProcessor):
-    """Don't Repeat Yourself: a token that would prolong a repetition loses the more, the longer that already is.
-
-    logit(v) -= 0.8 * 1.75^(m - 2) where m >= 2 is the most tokens at the end, none of them a breaker, that also stand
-    before an earlier v, prefix included. Breakers themselves lose nothing. As in text-generation-webui (#5677) and
-    llama.cpp (#9702), with the values common there; as in the former m counts to `longest`.
-    """
-
-    multiplier = 0.8
-    base = 1.75
-    allowed = 2
-    longest = 50
-
-    def __init__(self, breakers: Collection[int]) -> None:
-        self.breakers = torch.tensor(sorted(breakers), dtype=torch.long)
-
-    def __call__(self, input_ids: Int[Tensor, "rows seq"], scores: Float[Tensor, "rows vocab"]) -> Tensor:
-        """The logits less their penalties."""
-        breaks = torch.isin(input_ids, self.breakers.to(input_ids.device))
-        before, after = input_ids[:, :-1], input_ids[:, 1:]
-        alike = torch.ones_like(before, dtype=torch.bool)  # whether the last `back` tokens stand up to there
-        length = torch.zeros_like(before)
-        for back in range(min(self.longest, before.shape[1])):
-            place = before.shape[1] - back
-            alike[:, :back] = False
-            alike[:, back:] &= (before[:, :place] == input_ids[:, place, None]) & ~breaks[:, place, None]
-            if not bool(alike.any()):
-                break
-            length += alike
-        penalty = self.multiplier * self.base ** (length - self.allowed).to(scores.dtype)
-        penalty = penalty.masked_fill((length < self.allowed) | breaks[:, 1:], 0)
-        return scores - torch.zeros_like(scores).scatter_reduce(1, after, penalty, "amax")

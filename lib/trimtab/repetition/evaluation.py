@@ -25,6 +25,7 @@ from trimtab.repetition.text_quality import (
     self_bleu,
     zlib_ratio,
 )
+from trimtab.repetition.texts import stacked
 from trimtab.rl.policy import Policy
 
 CONTROLS = ("a loop", "random tokens", "a copied prefix")
@@ -48,10 +49,10 @@ class Judge:
     """Of the MAUVE-like divergence."""
 
     def scored(self, texts: pl.DataFrame) -> pl.DataFrame:
-        """Rows of `experiment.Read.texts` with `string` (the continuation), `nats` (mean -log p of its tokens under the
-        frozen model, after the prefix), `coherence` (cosine of prefix and continuation) and `copied` (share of its
+        """Rows of `reading.Readings.texts` with `string` (the continuation), `nats` (mean -log p of its tokens under
+        the frozen model, after the prefix), `coherence` (cosine of prefix and continuation) and `copied` (share of its
         4-grams that stand in the prefix)."""
-        prefixes, tokens = (_stacked(texts, column) for column in ("prefix", "tokens"))
+        prefixes, tokens = (stacked(texts, column) for column in ("prefix", "tokens"))
         strings, before = self._decoded(tokens), self._decoded(prefixes)
         distinct_texts = list(dict.fromkeys([*before, *strings]))
         at = {text: i for i, text in enumerate(distinct_texts)}
@@ -71,7 +72,7 @@ class Judge:
         vectors = self.embed(human["string"].to_list())
         rows = []
         for (arm, decoder, seed), some in scored.group_by("arm", "decoder", "seed", maintain_order=True):
-            tokens, strings = _stacked(some, "tokens"), some["string"].to_list()
+            tokens, strings = stacked(some), some["string"].to_list()
             ids, lengths = as_ids([words(text) for text in strings])
             row: dict[str, Any] = {"arm": arm, "decoder": decoder, "seed": seed}
             row |= {f"seq_rep_{n}": seq_rep(tokens, n).nanmean().item() for n in (1, 2, 3, 4)}
@@ -104,7 +105,7 @@ class Judge:
 def controls(human: pl.DataFrame, vocabulary: int, seed: int) -> pl.DataFrame:
     """`CONTROLS`, as arms, for the same prefixes: the first tokens of the human continuation over and over, tokens
     drawn uniformly, and the prefix again."""
-    prefixes, tokens = (_stacked(human, column) for column in ("prefix", "tokens"))
+    prefixes, tokens = (stacked(human, column) for column in ("prefix", "tokens"))
     time = tokens.shape[1]
     generator = torch.Generator().manual_seed(seed)
     sets = {
@@ -134,13 +135,8 @@ def _cycled(ids: Int[Tensor, "texts unit"], time: int) -> Int[Tensor, "texts tim
 
 def _scores(scored: pl.DataFrame) -> Scores:
     means = {column: _mean(scored, column) for column in ("nats", "coherence", "copied")}
-    return Scores(seq_rep(_stacked(scored, "tokens"), 4).mean().item(), **means)
+    return Scores(seq_rep(stacked(scored), 4).mean().item(), **means)
 
 
 def _mean(rows: pl.DataFrame, column: str) -> float:
     return float(rows[column].to_numpy().mean())
-
-
-def _stacked(rows: pl.DataFrame, column: str) -> Int[Tensor, "texts time"]:
-    lists: Sequence[Sequence[int]] = rows[column].to_list()
-    return torch.tensor(lists, dtype=torch.long)

@@ -1,8 +1,8 @@
 """One arm's experiment: its texts, sweep, training, and what is read of it. Notebooks call this."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,19 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trimtab import launch
 from trimtab.checkpoint import read_json, save_tensors, write_json
 from trimtab.errors import InputError
 from trimtab.pretrained import load_tokenizer
-from trimtab.repetition.arms import Arm, frozen_model
+from trimtab.repetition.arms import Arm
 from trimtab.repetition.config import RepetitionConfig
-from trimtab.repetition.decoding import Decoder, breakers_of, continuations, together
+from trimtab.repetition.decoding import Decoder, continuations, together
+from trimtab.repetition.dry import breakers_of
 from trimtab.repetition.losses import accumulate
 from trimtab.repetition.ngrams import seq_rep
 from trimtab.repetition.texts import Library, Passages
 from trimtab.repetition.training import Trained, train
+from trimtab.rl.adapters import frozen_model
 from trimtab.rl.policy import Policy
 
 UNTRAINED = "untrained"
@@ -97,10 +100,15 @@ class Bench:
         factor = 1.0 if self.arm and self.arm.full else self.config.adapter_rate_factor
         return [rate * factor for rate in self.config.learning_rates]
 
+    @cached_property
+    def val_rows(self) -> list[Int[Tensor, " seq"]]:
+        """By whose perplexity a checkpoint is chosen."""
+        rows = self.library.rows("val", self.domain, self.config.row_tokens, self.config.val_tokens, 0)
+        return [row for row, _ in rows]
+
     def validate(self, policy: Policy) -> float:
         """Nats a token of validation text."""
-        rows = self.library.rows("val", self.domain, self.config.row_tokens, self.config.val_tokens, 0)
-        found = [row_nats(policy, row) for row, _ in rows]
+        found = [row_nats(policy, row) for row in self.val_rows]
         return sum(float(nats.sum()) for nats in found) / sum(map(len, found))
 
     def val_repetition(self, policy: Policy) -> float:
@@ -124,9 +132,10 @@ class Bench:
         ]
 
     def train(self, rate: float, seed: int, folder: Path) -> "Run":
-        """One run, or what its checkpoint in the folder holds."""
-        assert self.arm
+        """One run, or what its checkpoint in the folder holds; of the untrained model one of no updates."""
         policy = self.policy(seed)
+        if self.arm is None:
+            return Run(policy, Trained([], []))
         trained = train(
             policy, self.arm, self.train_prefixes, self.train_blocks, self.validate, self.config, learning_rate=rate,
             seed=seed, checkpoint=self.checkpoint(rate, seed, folder),
@@ -161,8 +170,6 @@ class Sweep:
     `val_seq_rep`, greedily; both of the kept parameters."""
     untrained: float
     """Validation perplexity of the model as it was."""
-    run: "Run | None" = None
-    """Of the best rate, where the sweep has just made it."""
 
     @property
     def best(self) -> float:
@@ -175,52 +182,32 @@ class Sweep:
 
 def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
     """A whole run at each learning rate of the grid, with the first seed; of those not chosen nothing is kept. `folder`
-    has the checkpoints from which an interrupted sweep goes on."""
-    log, seed = folder / "sweep.json", bench.config.seeds[0]
-    done: dict[str, list[float]] = read_json(log) if log.is_file() else {}
-    if UNTRAINED not in done:
-        done[UNTRAINED] = [math.exp(bench.validate(untrained))]
-    run: Run | None = None
-    for rate in bench.rates():
-        if f"{rate:g}" not in done:
-            latest = bench.train(rate, seed, folder)
-            kept = latest.trained.kept
-            broken = math.isinf(kept.nats)  # a policy of NaN cannot be decoded
-            done[f"{rate:g}"] = [
-                kept.update, math.exp(kept.nats), 1.0 if broken else bench.val_repetition(latest.policy),
-            ]  # fmt: skip
-            write_json(log, done)
-            run = latest if _sweep(bench, done).best == rate else run
-            del latest  # two whole models at a time are enough
-    swept = _sweep(bench, done)
-    if not swept.table["val_perplexity"].is_finite().any():
+    has what an interrupted sweep goes on from."""
+    known, rates = folder / "untrained.json", bench.rates()
+    if not known.is_file():
+        write_json(known, math.exp(bench.validate(untrained)))
+    rows = launch.each(partial(try_rate, bench, folder), [(rate,) for rate in rates], folder / "sweep",
+                workers=min(bench.config.workers, len(rates)), title=f"{bench.arm}, rates")  # fmt: skip
+    columns = ["learning_rate", "kept", "val_perplexity", "val_seq_rep"]
+    table = pl.DataFrame(rows, schema=columns, orient="row").cast({"kept": pl.Int32})
+    if not table["val_perplexity"].is_finite().any():
         raise InputError(
             f"{bench.arm} falls apart at every learning rate: lower learning_rates or adapter_rate_factor of section "
             "repetition."
         )
-    for rate in bench.rates():
+    swept = Sweep(table, read_json(known))
+    for rate in rates:
         if rate != swept.best:
-            bench.checkpoint(rate, seed, folder).unlink(missing_ok=True)
-    chosen = run is not None and bench.checkpoint(swept.best, seed, folder).is_file()
-    return replace(swept, run=run) if chosen else swept
+            bench.checkpoint(rate, bench.config.seeds[0], folder).unlink(missing_ok=True)
+    return swept
 
 
-def _sweep(bench: Bench, done: Mapping[str, list[float]]) -> Sweep:
-    rows = [(rate, int(found[0]), *found[1:]) for rate in bench.rates() if (found := done.get(f"{rate:g}"))]
-    table = pl.DataFrame(rows, schema=["learning_rate", "kept", "val_perplexity", "val_seq_rep"], orient="row")
-    return Sweep(table, done[UNTRAINED][0])
-
-
-def train_all(bench: Bench, swept: Sweep | None, folder: Path) -> dict[int, Callable[[], Run]]:
-    """For each seed, what gives its run: trained when it is asked for, so that two whole models are never held at once.
-    The untrained model has one, of no updates."""
-    if swept is None:
-        return {bench.config.seeds[0]: lambda: Run(bench.policy(), Trained([], []))}
-    first, *others = bench.config.seeds
-    runs: dict[int, Callable[[], Run]] = {s: partial(bench.train, swept.best, s, folder) for s in (first, *others)}
-    if (made := swept.run) is not None:
-        runs[first] = lambda: made
-    return runs
+def try_rate(bench: Bench, folder: Path, rate: float) -> list[float]:
+    """A row of the sweep's table."""
+    run = bench.train(rate, bench.config.seeds[0], folder)
+    kept = run.trained.kept
+    broken = math.isinf(kept.nats)  # a policy of NaN cannot be decoded
+    return [rate, float(kept.update), math.exp(kept.nats), 1.0 if broken else bench.val_repetition(run.policy)]
 
 
 def history_of(seed: int, trained: Trained) -> pl.DataFrame:

@@ -3,12 +3,13 @@
 from collections.abc import Sequence
 
 import polars as pl
-import torch
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.markup import whole_characters
 from trimtab.repetition.comparison import HUMAN
 from trimtab.repetition.loops import side_by_side
 from trimtab.repetition.ngrams import repeated
+from trimtab.repetition.texts import stacked
 
 
 def quality_table(summary: pl.DataFrame) -> pl.DataFrame:
@@ -29,7 +30,7 @@ def generations(
     for arm in arms:
         rows = here.filter(pl.col("arm") == arm)
         rows = rows.filter(pl.col("seed") == rows["seed"].min()).sort("text").head(shown)
-        tokens = torch.tensor(rows["tokens"].to_list())
+        tokens = stacked(rows)
         marks = repeated(tokens, 4)
         columns[arm] = [
             (_pieces(tokenizer, ids), mask) for ids, mask in zip(tokens.tolist(), marks.tolist(), strict=True)
@@ -40,10 +41,7 @@ def generations(
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Text of each token in its context: a character of several tokens is the last one's."""
-    found, done = [], ""
-    for end in range(1, len(ids) + 1):
-        text = str(tokenizer.decode(ids[:end]))
-        whole = not text.endswith("\ufffd") or end == len(ids)
-        found.append(text[len(done) :] if whole else "")
-        done = text if whole else done
+    found = [""] * len(ids)
+    for some, text in whole_characters(tokenizer, ids):
+        found[some.stop - 1] = text
     return found

@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -11,22 +12,23 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from trimtab import launch
 from trimtab.checkpoint import atomic
 from trimtab.markup import visible
 from trimtab.repetition.experiment import (
+    UNTRAINED,
     Bench,
     Run,
     Sweep,
     history_of,
     row_nats,
     save_trained,
-    train_all,
     validations_of,
 )
 from trimtab.repetition.loops import sentence_probability
 from trimtab.repetition.ngrams import longest_repeat, periodic_tail, seq_rep
 from trimtab.repetition.single_token import SingleToken, single_token
-from trimtab.repetition.texts import Passages
+from trimtab.repetition.texts import Passages, stacked
 from trimtab.rl.policy import Policy
 
 SENTENCE_TOKENS = (8, 24)
@@ -70,19 +72,26 @@ class Readings:
 
 
 def read_all(bench: Bench, swept: Sweep | None, folder: Path) -> Readings:
-    """Train and read every seed; of the untrained model, which has none, read it once. `folder` keeps each seed's
+    """Train and read every seed; the untrained model, which has none, is read once. `folder` keeps each seed's
     readings, and `trained.safetensors` unless the arm trains every weight: an interrupted call goes on from there."""
-    found = []
-    for seed, run_of in train_all(bench, swept, folder).items():
-        where = folder / f"seed-{seed}"
-        if not where.is_dir():
-            run = run_of()
-            with atomic(where) as partial:
-                partial.mkdir(parents=True)
-                read(bench, run, seed).write(partial)
-                save_trained(partial, bench, run)
-        found.append(Readings.of(where))
-    return Readings.together(found)
+    first, *others = bench.config.seeds
+    seeds = [*others, first] if swept else [first]  # the first is trained: the shortest job, for the last gap
+    rate = swept.best if swept else 0.0
+    launch.each(partial(read_seed, bench, rate, folder), [(seed,) for seed in seeds], folder / "read",
+         workers=min(bench.config.workers, len(seeds)), title=f"{bench.arm or UNTRAINED}, seeds")  # fmt: skip
+    return Readings.together([Readings.of(folder / f"seed-{seed}") for seed in bench.config.seeds if seed in seeds])
+
+
+def read_seed(bench: Bench, rate: float, folder: Path, seed: int) -> None:
+    """One seed's run and readings, as folder `seed-SEED`."""
+    where = folder / f"seed-{seed}"
+    if where.is_dir():
+        return
+    run = bench.train(rate, seed, folder)
+    with atomic(where) as partial_folder:
+        partial_folder.mkdir(parents=True)
+        read(bench, run, seed).write(partial_folder)
+        save_trained(partial_folder, bench, run)
 
 
 def keep(bench: Bench, readings: Readings, folder: Path, out: Path) -> None:
@@ -143,7 +152,7 @@ def _single_row(single: SingleToken) -> pl.DataFrame:
 
 
 def human(bench: Bench) -> pl.DataFrame:
-    """The reference rows: what people wrote after the same prefixes, at equal lengths; columns of `Read.texts`."""
+    """The reference rows: what people wrote after the same prefixes, at equal lengths; columns of `Readings.texts`."""
     tables = []
     for domain, passages, prefixes in _domains(bench):
         tables.append(_text_rows(passages, domain, "human", passages.tokens[:, prefixes.shape[1] :]))
@@ -215,7 +224,7 @@ def repetition_of(texts: pl.DataFrame) -> pl.DataFrame:
     the share of continuations that end in one unit at least three times."""
     rows = []
     for (domain, decoder, seed), some in texts.group_by("domain", "decoder", "seed", maintain_order=True):
-        tokens = torch.tensor(some["tokens"].to_list())
+        tokens = stacked(some)
         found = {f"seq_rep_{n}": seq_rep(tokens, n).nanmean().item() for n in (1, 2, 3, 4)}
         loops = periodic_tail(tokens).double().mean().item()
         rows.append({"domain": domain, "decoder": decoder, "seed": seed, **found, "loops": loops})
@@ -224,8 +233,8 @@ def repetition_of(texts: pl.DataFrame) -> pl.DataFrame:
 
 def longest_repeats(texts: pl.DataFrame, decoders: Sequence[str]) -> dict[str, list[int]]:
     """Tokens of the longest stretch that stands twice in each text, by decoder."""
-    of = {decoder: texts.filter(pl.col("decoder") == decoder)["tokens"].to_list() for decoder in decoders}
-    return {decoder: longest_repeat(torch.tensor(tokens)).tolist() for decoder, tokens in of.items()}
+    of = {decoder: stacked(texts.filter(pl.col("decoder") == decoder)) for decoder in decoders}
+    return {decoder: longest_repeat(tokens).tolist() for decoder, tokens in of.items()}
 
 
 def perplexities(nats: pl.DataFrame) -> pl.DataFrame:
@@ -237,7 +246,7 @@ def perplexities(nats: pl.DataFrame) -> pl.DataFrame:
 
 def most_repetitive(texts: pl.DataFrame) -> Int[Tensor, " tokens"]:
     """The text of the largest seq-rep-4."""
-    tokens = torch.tensor(texts["tokens"].to_list())
+    tokens = stacked(texts)
     return tokens[int(seq_rep(tokens, 4).argmax())]
 
 

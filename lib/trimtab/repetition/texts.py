@@ -51,8 +51,8 @@ class Library:
         rows = rows.sample(fraction=1.0, shuffle=True, seed=seed).head(most)
         if rows.is_empty():
             raise InputError(f"No block of {split} text of {domain} has {length} tokens: shorten the passages.")
-        tokens = np.stack([row[:length] for row in rows["tokens"].to_list()])
-        return Passages(torch.from_numpy(tokens).long(), _groups(rows), rows["name"].to_list())
+        tokens = stacked(rows.with_columns(pl.col("tokens").list.head(length)))
+        return Passages(tokens, _groups(rows), rows["name"].to_list())
 
     def rows(self, split: str, domain: str, length: int, most_tokens: int, seed: int) -> list[tuple[Tensor, str]]:
         """Rows of up to `length` consecutive tokens of one document, at least half as long where documents allow it,
@@ -93,6 +93,11 @@ def _documents(rows: pl.DataFrame) -> Iterator[tuple[list[int], str]]:
         at = {"document": row["document"], "next": row["start"] + row["length"], "group": group}
     if tokens:
         yield tokens, at["group"]
+
+
+def stacked(rows: pl.DataFrame, column: str = "tokens") -> Int[Tensor, "texts seq"]:
+    """Token ids of a column of lists, all of one length."""
+    return torch.from_numpy(np.stack(rows[column].to_list())).long()
 
 
 def _groups(rows: pl.DataFrame) -> list[str]:

@@ -16,8 +16,8 @@ from jaxtyping import Float, Int
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
-from trimtab.interventions import capture, device_of, direct_logits
-from trimtab.markup import escaped
+from trimtab.interventions import capture, device_of, direct_logits, token_text
+from trimtab.markup import escaped, whole_characters
 from trimtab.sae.contexts import Contexts, Example
 from trimtab.sae.model import SAE
 
@@ -129,20 +129,8 @@ def pieces(
 
     The activation of such a piece is its largest.
     """
-    found, done, start = [], "", 0
-    for end in range(1, len(tokens) + 1):
-        text = str(tokenizer.decode(tokens[:end].tolist()))
-        if text.endswith("\ufffd") and end < len(tokens):  # a character that the next token goes on with
-            continue
-        found.append(Piece(text[len(done) :], float(activations[start:end].max())))
-        done, start = text, end
-    return found
-
-
-def token_text(tokenizer: PreTrainedTokenizerBase, token: int) -> str:
-    """A token alone; one that is only part of a character in the tokenizer's own spelling."""
-    text = str(tokenizer.decode([token]))
-    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+    read = whole_characters(tokenizer, tokens.tolist())
+    return [Piece(text, float(activations[some].max())) for some, text in read]
 
 
 def card(feature: Feature) -> str:

@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from torch import Tensor
 
 from trimtab.errors import InputError
-from trimtab.interventions import wrap
-from trimtab.pretrained import load_model, load_tokenizer
+from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
 from trimtab.steering.vectors import SteeringVectors
 
@@ -76,7 +73,7 @@ class Arm:
             return Built(FullPolicy(wrapped, base), None)
         if self.name.startswith("lora"):
             base = frozen_model(folder, dtype=dtype, device=device) if reference else None
-            return Built(Policy(wrapped, _inject(wrapped, number, seed), base), None)
+            return Built(Policy(wrapped, inject_lora(wrapped, ["down_proj"], number, seed), base), None)
         if self.name == "steering-last":
             chosen = [layers - 1]
         elif self.name.startswith("steering-layer"):
@@ -89,14 +86,6 @@ class Arm:
 
     def _match(self) -> re.Match[str] | None:
         return next((m for pattern in KINDS if (m := re.fullmatch(pattern, self.name))), None)
-
-
-def frozen_model(folder: str, *, dtype: str, device: str) -> "TransformersModel":
-    """The model in a folder under nnsight, none of its weights trained."""
-    model = load_model(folder, dtype=dtype, device=device)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    return wrap(model, load_tokenizer(folder))
 
 
 @dataclass(frozen=True)
@@ -116,15 +105,3 @@ class Built:
         """Numbers of the model itself."""
         parameters = self.policy.view._module.named_parameters()
         return sum(tensor.numel() for name, tensor in parameters if "lora_" not in name)
-
-
-def _inject(wrapped: "TransformersModel", rank: int, seed: int) -> dict[str, Tensor]:
-    """LoRA on the down projections, in fp32 whatever the model's precision; the adapters' tensors by name."""
-    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=["down_proj"], lora_dropout=0.0, bias="none")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        inject_adapter_in_model(config, wrapped._module)
-    trained = {name: p for name, p in wrapped._module.named_parameters() if "lora_" in name}
-    for parameter in trained.values():
-        parameter.data = parameter.data.float()
-    return trained

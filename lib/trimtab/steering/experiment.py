@@ -14,13 +14,14 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.checkpoint import fingerprint, read_json, save_tensors, write_json
 from trimtab.pretrained import load_tokenizer
+from trimtab.rl.adapters import frozen_model
 from trimtab.rl.evaluation import GREEDY, answers, summary
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts, rollout
 from trimtab.rl.tasks import Item, Task, chat_prompt, digest, open_task
 from trimtab.rl.training import RewardFunction, Update, train
 from trimtab.rl.verify import exact
-from trimtab.steering.arms import Arm, Built, frozen_model
+from trimtab.steering.arms import Arm, Built
 from trimtab.steering.config import SteeringConfig
 from trimtab.steering.export import save_vectors
 
