@@ -14,7 +14,6 @@ benchmarks/README.md; with another --out the README of that folder, where there 
 """
 
 import argparse
-import datetime
 import json
 import os
 import tempfile
@@ -26,11 +25,9 @@ from typing import Any
 import polars as pl
 import torch
 from contenders import repetition_report, report
-from contenders.turns import Worker, command_line, need_peers, take_turns, threads_of
+from contenders.turns import Worker, command_line, environment, need_peers, seconds_of, take_turns
 
 from trimtab.errors import InputError
-from trimtab.pipeline.provenance import hardware
-from trimtab.pipeline.provenance import versions as installed
 from trimtab.pretrained import load_tokenizer
 from trimtab.repetition.texts import Library
 
@@ -87,17 +84,12 @@ def measure(kind: str, job: dict[str, Any], prefixes: Path, rounds: int) -> list
     finally:
         for worker in workers:
             worker.close()
-    ours = [update["seconds"] for update in taken[repetition_report.OURS[kind]]]
-    generated = job["prefixes"] * job["tokens"]
+    ours, generated = repetition_report.OURS[kind], job["prefixes"] * job["tokens"]
     rows = []
     for name, updates in taken.items():
-        seconds, rollout = ([update[key] for update in updates] for key in ("seconds", "rollout_s"))
-        rest = [a - b for a, b in zip(seconds, rollout, strict=True)]
         row = {key: job[key] for key in ("device", "prefixes", "prefix_tokens", "tokens")}
-        row |= {"kind": kind, "contender": name, "rounds": rounds, "seconds": median(seconds), "low": min(seconds)}
-        row |= {"high": max(seconds), "over_ours": median(a / b for a, b in zip(seconds, ours, strict=True))}
-        row |= {"rollout_s": median(rollout), "update_s": median(rest)}
-        row |= {"rollout_tokens_per_s": generated / median(rollout), "update_tokens_per_s": generated / median(rest)}
+        row |= {"kind": kind, "contender": name, "rounds": rounds} | seconds_of(updates, taken[ours])
+        row |= {f"{phase}_tokens_per_s": generated / row[f"{phase}_s"] for phase in ("rollout", "update")}
         row |= {key: median(update[key] for update in updates) for key in ("length", "reward")} | peaks[name]
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     return rows
@@ -130,14 +122,9 @@ def main() -> None:
     options = parser.parse_args()
     if "cpu" in options.devices:
         need_peers()
-    os.environ |= threads_of(options.threads) | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all contenders; the pipeline's kernels have it too
-    os.environ["PYTHONPATH"] = str(ROOT / "lib")  # for the peers' environment, which has what Trimtab needs but not it
+    os.environ |= environment(options.threads)
     given = {name: getattr(options, name) for name in ("prefixes", "tokens") if getattr(options, name)}
-    known = installed()
-    versions = report.versions("trl") + "".join(f", {name} {known[name]}" for name in ("transformers", "nnsight"))
-    stamp = {"rate": RATE, "date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": versions}
-    stamp |= {"threads": options.threads}
+    stamp = {"rate": RATE} | report.stamp(options.threads, peers=["trl"], own=["transformers", "nnsight"])
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for device in options.devices:

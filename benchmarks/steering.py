@@ -15,7 +15,6 @@ benchmarks/steering-curve.csv instead, and from both the table of benchmarks/REA
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import subprocess
@@ -28,12 +27,10 @@ from typing import Any
 import polars as pl
 import torch
 from contenders import report, steering_report
-from contenders.turns import Worker, command_line, need_peers, take_turns, threads_of
+from contenders.turns import Worker, command_line, environment, need_peers, seconds_of, take_turns
 from tqdm import tqdm
 
 from trimtab.epochs import batch_of
-from trimtab.pipeline.provenance import hardware
-from trimtab.pipeline.provenance import versions as installed
 from trimtab.rl.tasks import open_task
 
 ROOT = Path(__file__).parents[1]
@@ -82,15 +79,11 @@ def measure(contenders: list[Contender], job: dict[str, Any], questions: Path, r
     finally:
         for worker in workers:
             worker.close()
-    ours = [update["seconds"] for update in taken[steering_report.OURS]]
     rows = []
     for name, updates in taken.items():
-        seconds, rollout = ([update[key] for update in updates] for key in ("seconds", "rollout_s"))
         row = {key: job[key] for key in ("device", "regime", "prompts", "group", "tokens", "rate")}
-        row |= {"contender": name, "rounds": rounds, "seconds": median(seconds), "low": min(seconds)}
-        row |= {"high": max(seconds), "over_ours": median(a / b for a, b in zip(seconds, ours, strict=True))}
-        row |= {"rollout_s": median(rollout), "update_s": median(a - b for a, b in zip(seconds, rollout, strict=True))}
-        row |= {"rollouts_per_s": job["prompts"] * job["group"] / median(seconds)}
+        row |= {"contender": name, "rounds": rounds} | seconds_of(updates, taken[steering_report.OURS])
+        row |= {"rollouts_per_s": job["prompts"] * job["group"] / row["seconds"]}
         row |= {"length": median(update["length"] for update in updates)} | peaks[name]
         rows.append({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
     return rows
@@ -137,9 +130,7 @@ def main() -> None:
     options = parser.parse_args()
     if "cpu" in options.devices:
         need_peers()
-    os.environ |= threads_of(options.threads) | {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1"}
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all contenders; the pipeline's kernels have it too
-    os.environ["PYTHONPATH"] = str(ROOT / "lib")  # for the peers' environment, which has what Trimtab needs but not it
+    os.environ |= environment(options.threads)
     given = {name: getattr(options, name) for name in ("prompts", "group", "tokens") if getattr(options, name)}
     jobs = [
         {"model": str(options.model.resolve()), "device": device, "rate": RATE, "updates": UPDATES}
@@ -154,10 +145,7 @@ def main() -> None:
 
 def times(jobs: list[dict[str, Any]], folder: Path, options: argparse.Namespace) -> pl.DataFrame:
     """Every device and regime."""
-    known = installed()
-    versions = report.versions("trl") + "".join(f", {name} {known[name]}" for name in ("transformers", "nnsight"))
-    stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": versions}
-    stamp |= {"threads": options.threads}
+    stamp = report.stamp(options.threads, peers=["trl"], own=["transformers", "nnsight"])
     rows = []
     for job in jobs:
         contenders = [contender for contender in CONTENDERS if job["device"] in contender.devices]

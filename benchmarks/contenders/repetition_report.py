@@ -29,9 +29,8 @@ def write(path: Path, measured: pl.DataFrame) -> None:
 def section(rows: pl.DataFrame) -> str:
     """One device's targets and table, in Markdown."""
     first = rows.row(0, named=True)
-    where = first["hardware"] + (f", {first['threads']} threads" if first["device"] == "cpu" else "")
     size = f"{first['prefixes']} prefixes of {first['prefix_tokens']} tokens, {first['tokens']} new tokens each"
-    head = f"**{where}**, {first['date']}. {first['versions']}. {size}; {first['rounds']} rounds."
+    head = f"{report.measured_on(first)} {size}; {first['rounds']} rounds."
     return "\n".join([head, "", *targets(rows), HEAD, *map(line, rows.iter_rows(named=True))])
 
 

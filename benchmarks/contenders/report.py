@@ -1,11 +1,16 @@
 """What the benchmarks' reports share: rows replaced in a CSV, a part of README.md rewritten, a table of targets."""
 
+import datetime
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
+
+from trimtab.pipeline.provenance import hardware
+from trimtab.pipeline.provenance import versions as installed
 
 MEETS = {">=": lambda a, b: a >= b, "<=": lambda a, b: a <= b, "<": lambda a, b: a < b}
 
@@ -27,6 +32,12 @@ def rewrite(readme: Path, name: str, parts: Sequence[str]) -> None:
         readme.write_text(before + begin + "\n\n".join(parts) + "\n" + end + after)
 
 
+def measured_on(row: Mapping[str, Any]) -> str:
+    """How a section begins: what the rows of a device were measured with."""
+    where = row["hardware"] + (f", {row['threads']} threads" if row["device"] == "cpu" else "")
+    return f"**{where}**, {row['date']}. {row['versions']}."
+
+
 def targets(found: Sequence[tuple[str, float, str, float]]) -> list[str]:
     """Lines of a table of what was set out to be reached, (what, found, sign, wanted) each, and whether it was."""
     lines = [
@@ -41,3 +52,12 @@ def versions(*peers: str) -> str:
     text = (Path(__file__).parents[1] / "peers.txt").read_text()
     pins = dict(re.findall(r"^(\S+)==(\S+)$", text, flags=re.MULTILINE))
     return ", ".join([f"torch {torch.__version__}", *(f"{name} {pins[name]}" for name in peers)])
+
+
+def stamp(threads: int, *, peers: Sequence[str], own: Sequence[str]) -> dict[str, Any]:
+    """Columns of a row that say what it was measured with: the date, the machine, and versions of libraries, those that
+    `peers.txt` pins and those of this environment."""
+    known = installed()
+    named = versions(*peers) + "".join(f", {name} {known[name]}" for name in own)
+    today = datetime.date.today().isoformat()
+    return {"date": today, "hardware": hardware(), "versions": named, "threads": threads}

@@ -27,9 +27,8 @@ def write(path: Path, measured: pl.DataFrame, devices: list[str]) -> None:
 def section(rows: pl.DataFrame) -> str:
     """One device's targets and table, in Markdown."""
     first = rows.row(0, named=True)
-    where = first["hardware"] + (f", {first['threads']} threads" if first["device"] == "cpu" else "")
     size = f"d = {first['d_model']}, {first['latents']:,} latents, {first['batch']:,} rows to a step"
-    head = f"**{where}**, {first['date']}. {first['versions']}. {size}: {first['data']}."
+    head = f"{report.measured_on(first)} {size}: {first['data']}."
     ordered = rows.sort("precision", "k", descending=[True, False], maintain_order=True)
     return "\n".join([head, "", *targets(rows), HEAD, *map(line, ordered.iter_rows(named=True))])
 

@@ -32,9 +32,8 @@ def write(path: Path, measured: pl.DataFrame, *, curve: bool) -> None:
 def section(rows: pl.DataFrame, learned: pl.DataFrame | None) -> str:
     """One device's targets and tables, in Markdown."""
     first = rows.row(0, named=True)
-    where = first["hardware"] + (f", {first['threads']} threads" if first["device"] == "cpu" else "")
     size = f"{first['prompts']} prompts x {first['group']} completions x {first['tokens']} new tokens"
-    head = f"**{where}**, {first['date']}. {first['versions']}. {size}."
+    head = f"{report.measured_on(first)} {size}."
     lines = [head, "", *targets(rows), HEAD, *map(line, rows.iter_rows(named=True))]
     if learned is not None and len(here := learned.filter(pl.col("device") == first["device"])):
         lines += ["", *curve_table(here)]

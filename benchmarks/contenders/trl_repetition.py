@@ -15,7 +15,7 @@ from job import Clock
 from transformers import PreTrainedModel
 from trl import GRPOConfig, GRPOTrainer
 from trl.rewards import get_repetition_penalty_reward
-from trl_trainers import Turns
+from trl_trainers import Turns, time_rollouts
 
 from trimtab.pretrained import load_tokenizer
 
@@ -45,14 +45,7 @@ class GRPO:
             model=bare[0].float(), reward_funcs=self.reward, args=arguments, processing_class=tokenizer,
             train_dataset=Dataset.from_dict({"prompt": texts}), callbacks=[Turns(self)],
         )  # fmt: skip
-        generate = self.driven._generate
-
-        def timed(prompts: list[Any]) -> Any:
-            generated = generate(prompts)
-            self.clock.rolled_out()
-            return generated
-
-        self.driven._generate = timed
+        time_rollouts(self)
 
     def fit(self, clock: Clock) -> None:
         self.clock = clock

@@ -58,14 +58,7 @@ class RLOO:
             train_dataset=Dataset.from_dict({"prompt": texts, "item": order}), callbacks=[Turns(self)],
             **self.adapter(),
         )  # fmt: skip
-        generate = self.driven._generate
-
-        def timed(prompts: list[Any]) -> Any:
-            generated = generate(prompts)
-            self.clock.rolled_out()
-            return generated
-
-        self.driven._generate = timed
+        time_rollouts(self)
 
     def adapt(self, model: PreTrainedModel) -> PreTrainedModel:
         """What is trained, in the model."""
@@ -97,6 +90,18 @@ class RLOO:
         if ids[-1] != self.tokenizer.eos_token_id:
             return 0.0
         return self.task.reward(self.tokenizer.decode(ids[:-1], skip_special_tokens=False), item)
+
+
+def time_rollouts(contender: Any) -> None:
+    """Have the trainer tell the clock where its rollouts end."""
+    generate = contender.driven._generate
+
+    def timed(prompts: list[Any]) -> Any:
+        generated = generate(prompts)
+        contender.clock.rolled_out()
+        return generated
+
+    contender.driven._generate = timed
 
 
 class Biased(nn.Linear):

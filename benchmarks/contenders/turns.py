@@ -6,6 +6,7 @@ import random
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from tqdm import tqdm
@@ -29,6 +30,15 @@ def command_line(worker: str, where: str, *arguments: str, peer: bool) -> list[s
 def threads_of(number: int) -> dict[str, str]:
     """Environment variables that set it."""
     return {name: str(number) for name in ("OMP_NUM_THREADS", "NUMBA_NUM_THREADS")}
+
+
+def environment(threads: int) -> dict[str, str]:
+    """Environment variables of contenders that train a language model."""
+    return threads_of(threads) | {
+        "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled", "TQDM_DISABLE": "1",
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # for all; the pipeline's kernels have it too
+        "PYTHONPATH": str(FOLDER.parents[1] / "lib"),  # for the peers' environment: it has what Trimtab needs, not it
+    }  # fmt: skip
 
 
 class Worker:
@@ -66,3 +76,12 @@ def take_turns(workers: list[Worker], title: str, rounds: int) -> tuple[dict[str
         for worker in chance.sample(workers, len(workers)):
             taken[worker.name].append(worker.ask("update"))
     return taken, {worker.name: worker.ask("peak") for worker in workers}
+
+
+def seconds_of(updates: list[dict[str, float]], ours: list[dict[str, float]]) -> dict[str, float]:
+    """Medians of a contender's rounds, and of its ratios to the same rounds of ours."""
+    seconds, rollout, own = ([each[key] for each in some] for some, key in
+                             ((updates, "seconds"), (updates, "rollout_s"), (ours, "seconds")))  # fmt: skip
+    row = {"seconds": median(seconds), "low": min(seconds), "high": max(seconds)}
+    row |= {"over_ours": median(a / b for a, b in zip(seconds, own, strict=True)), "rollout_s": median(rollout)}
+    return row | {"update_s": median(a - b for a, b in zip(seconds, rollout, strict=True))}

@@ -61,5 +61,11 @@ def test_a_missing_record_is_named(project):
 def test_the_records_of_the_pipeline_follow_the_arms_in_params_yaml(root):
     names = current_records(root)
     assert names[:2] == ["corpus", "activations"]
-    assert names[-1] == "pretrain_compare"
-    assert {"sae/topk-8", "sae/hierarchical-64", "sae_random/hierarchical-64", "sae_compare"} < set(names)
+    assert names[-1] == "repetition_compare"
+    assert {
+        "sae/topk-8",
+        "sae/hierarchical-64",
+        "sae_random/hierarchical-64",
+        "sae_compare",
+        "repetition/implicit",
+    } < set(names)

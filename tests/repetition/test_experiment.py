@@ -1,7 +1,7 @@
 """An arm from texts to readings on a tiny model: the texts, the sweep's rule, resumption, and what is written."""
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import polars as pl
 import pytest
@@ -112,7 +112,7 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     assert readings.validations["kept"].sum() == 2
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")}
     again_swept = sweep(made, made.policy(), tmp_path)  # from its log: nothing is trained
-    assert again_swept.run is None
+    assert again_swept.table.equals(found.table)
     again = reading.read_all(made, again_swept, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")} == stamps
     assert again.texts.equals(readings.texts)
@@ -123,6 +123,18 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
         "history.parquet", "validations.parquet", "texts.parquet", "nats.parquet", "sentences.parquet",
         "single.parquet", "truncated.parquet", "seed-0", "seed-1",
     }  # fmt: skip
+
+
+def test_processes_of_their_own_come_to_the_same(bench, tmp_path):
+    readings = []
+    for workers in (1, 2):
+        made = bench(workers=workers)
+        folder = tmp_path / str(workers)
+        found = sweep(made, made.policy(), folder)
+        readings.append(reading.read_all(made, found, folder))
+    for field in fields(reading.Readings):
+        one, two = (getattr(each, field.name) for each in readings)
+        assert one.equals(two), field.name
 
 
 def test_the_untrained_model_is_read_once_with_what_needs_no_training(bench, tmp_path, tiny_llama):

@@ -1,15 +1,13 @@
 """Self-reinforcement by hand, and pages: what is marked, and that no text can be anything but text in them."""
 
 import math
-from html.parser import HTMLParser
 
 import pytest
 import torch
 
+from tests.pages import HOSTILE, Reader
 from trimtab.errors import InputError
 from trimtab.repetition.loops import highlighted, sentence_probability, side_by_side
-
-HOSTILE = '<script>alert("1")</script> \x1b[31m \u202eabc & \' </td>'
 
 
 def test_probability_by_repeat_is_over_the_same_tokens_each_time():
@@ -42,30 +40,6 @@ def test_sentences_have_two_tokens_and_repeats_are_some():
         with pytest.raises(InputError, match="at least"):
             sentence_probability(lambda ids: torch.zeros(len(ids) - 1), sentences, repeats)
     assert sentence_probability(lambda ids: torch.zeros(len(ids) - 1), [], 2).shape == (0, 2)
-
-
-class Reader(HTMLParser):
-    """(tags with attributes, text, text within spans), as a browser reads them; unclosed or crossed tags fail."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text, self.marked, self.open = "", [], []
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if "span" in self.open:
-            self.marked.append(data)
 
 
 def test_what_is_repeated_is_marked_in_one_stretch():

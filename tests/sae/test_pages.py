@@ -1,12 +1,12 @@
 """Cards: what they say against a plain computation, and that no text can be anything but text in them."""
 
 import copy
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 import torch
 
+from tests.pages import HOSTILE, Reader
 from trimtab.activations import ActivationCache
 from trimtab.errors import InputError
 from trimtab.interventions import capture, wrap
@@ -16,7 +16,6 @@ from trimtab.sae.contexts import Contexts
 from trimtab.sae.pages import Context, Feature, Features, Piece, card, latents_in, pieces, table
 
 SITE, K = 1, 6
-HOSTILE = '<script>alert("1")</script> \x1b[31mred\x1b[0m \u202eabc\u202c \u200b\u2066 & \' "quoted" \x00\x9b'
 
 
 @pytest.fixture(scope="module")
@@ -37,28 +36,6 @@ def wrapped(tiny_llama, tokenizer):
 def features(sae, caches, wrapped, tokenizer):
     contexts = Contexts.collect(sae, ActivationCache(caches / "test", SITE), K, window=16)
     return Features(sae, contexts, wrapped, tokenizer, origin="hierarchical-6 <seed 0>")
-
-
-class Reader(HTMLParser):
-    """Tags with attributes, and text, as a browser reads them; unclosed or crossed tags fail."""
-
-    def __init__(self, source: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict]] = []
-        self.text, self.open = "", []
-        self.feed(source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
 
 
 def test_a_feature_says_what_the_sae_and_the_model_hold(features, sae, tiny_llama, tokenizer):
