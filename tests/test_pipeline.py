@@ -174,7 +174,7 @@ def by_hand(smoke) -> dict[str, Future]:
     def run(path: Path) -> float:
         began = time.monotonic()
         notebook = nbformat.read(path, as_version=4)
-        NotebookClient(notebook, timeout=180, resources={"metadata": {"path": str(smoke / "notebooks")}}).execute()
+        NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(smoke / "notebooks")}}).execute()
         return time.monotonic() - began
 
     before = contents(smoke)
@@ -187,7 +187,7 @@ def by_hand(smoke) -> dict[str, Future]:
 
 @pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
 def test_source_notebooks_run_by_hand_from_their_own_defaults(by_hand, name):
-    assert by_hand[name].result() < 180
+    assert by_hand[name].result() < 120
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):

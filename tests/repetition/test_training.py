@@ -40,6 +40,15 @@ def test_kinds_come_as_often_as_their_shares_say(name):
         assert mix.schedule(1000, 3) != mix.schedule(1000, 4)
 
 
+def test_kinds_are_spread_evenly_over_a_run():
+    """Whatever part of a run one looks at has its share of each, so that none has the high learning rates to itself."""
+    for seed in range(20):
+        kinds = OBJECTIVES["implicit"].schedule(48, seed)
+        for n in range(1, 49):
+            for kind, share in OBJECTIVES["implicit"].shares.items():
+                assert abs(kinds[:n].count(kind) - share * n) < 2
+
+
 def test_the_papers_mix_is_that_of_its_two_coins():
     shares = OBJECTIVES["implicit"].shares
     assert shares == {"policy": 0.25, "unlikelihood": 0.75 * 0.25, "likelihood": 0.75 * 0.75}

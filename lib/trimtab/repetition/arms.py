@@ -36,16 +36,22 @@ class Mix:
             raise InputError(f"Shares of updates must be at least 0 and together 1, not {dict(self.shares)}.")
 
     def schedule(self, updates: int, seed: int) -> list[Kind]:
-        """The kind of every update, in random order: as many of each as its share says, to within one (by the largest
-        remainders), so that short runs of two arms do not differ by the luck of coins."""
+        """The kind of every update: as many of each as its share says, to within one (by the largest remainders), each
+        spread evenly over the run from a random start. Were they drawn one by one, or in any order, short runs would
+        differ most by the luck of which kind came while the learning rate was high."""
         exact = {kind: share * updates for kind, share in self.shares.items()}
         counts = {kind: int(value) for kind, value in exact.items()}
         by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
         for kind in by_remainder[: updates - sum(counts.values())]:
             counts[kind] += 1
-        kinds = [kind for kind, count in counts.items() for _ in range(count)]
         generator = torch.Generator().manual_seed(mix(seed, 1))
-        return [kinds[i] for i in torch.randperm(len(kinds), generator=generator).tolist()]
+        starts = torch.rand(len(counts), generator=generator).tolist()
+        places = [
+            ((i + start) / count, kind)
+            for start, (kind, count) in zip(starts, counts.items(), strict=True)
+            for i in range(count)
+        ]
+        return [kind for _, kind in sorted(places, key=lambda each: each[0])]
 
 
 OBJECTIVES: Mapping[str, Mix] = {
