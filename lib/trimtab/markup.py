@@ -3,8 +3,10 @@
 import html
 import unicodedata
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 JOINERS = "\u200c\u200d"
 """Format characters that scripts and emoji need, and that change nothing beyond their neighbours."""
@@ -31,7 +33,7 @@ def escaped(text: str) -> str:
     return html.escape(visible(text), quote=True)
 
 
-def whole_characters(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> Iterator[tuple[slice, str]]:
+def whole_characters(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> Iterator[tuple[slice, str]]:
     """The text of tokens in pieces, each with the tokens that spell it: one, but for a character of several."""
     done, start = "", 0
     for end in range(1, len(ids) + 1):
