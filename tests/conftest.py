@@ -2,12 +2,13 @@
 
 import os
 
+# Of what the tests start: notebooks have two threads each, and two run at once. Threads that spin while they wait for
+# one another make minutes of seconds then.
+os.environ["OMP_WAIT_POLICY"] = "passive"
+
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Before torch: notebooks have two threads each, and several run at once. Threads that spin while they wait for one
-# another make minutes of seconds then.
-os.environ["OMP_WAIT_POLICY"] = "passive"
 os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as in the pipeline; in a notebook a bar is a widget among others
 if not torch.cuda.is_available():  # before anything imports Triton, as transformers does where it is installed
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,11 +1,18 @@
 """Many jobs: in order, in processes, and only those that are missing."""
 
 import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from trimtab.launch import each
+
+ROOT = Path(__file__).parents[1]
 
 
 def square(x, log):
@@ -34,3 +41,51 @@ def test_what_was_finished_before_a_failure_stays(tmp_path, workers):
     with pytest.raises(ValueError, match="negative"):
         each(square, [(1, str(log)), (-1, str(log))], tmp_path / "kept", workers=workers)
     assert len(list((tmp_path / "kept").glob("*.json"))) == 1
+
+
+def settings():
+    return [torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()]
+
+
+def test_workers_compute_as_their_parent_does(tmp_path):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert each(settings, [()], tmp_path / "kept", workers=2) == [[max(1, torch.get_num_threads() // 2), True]]
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def wait_for_ever(folder, number):
+    (Path(folder) / f"{number}.pid").write_text(str(os.getpid()))
+    time.sleep(600)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="reads /proc")
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """Else they would write beside the run that takes up where this one ended."""
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "from pathlib import Path\nfrom tests.test_launch import wait_for_ever\nfrom trimtab.launch import each\n"
+        f"jobs = [({str(tmp_path)!r}, 1), ({str(tmp_path)!r}, 2)]\n"
+        "if __name__ == '__main__':\n    each(wait_for_ever, jobs, Path('kept'), workers=2)\n"
+    )
+    here = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+    with subprocess.Popen([sys.executable, str(script)], cwd=tmp_path, env=here) as parent:
+        deadline = time.monotonic() + 120
+        while len(written := [path for path in tmp_path.glob("*.pid") if path.read_text()]) < 2:
+            assert time.monotonic() < deadline, "the workers did not begin"
+            time.sleep(0.1)
+        pids = [int(path.read_text()) for path in written]
+        assert all(map(alive, pids))
+        parent.send_signal(signal.SIGKILL)
+    deadline = time.monotonic() + 20
+    while any(map(alive, pids)):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.1)

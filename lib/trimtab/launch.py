@@ -42,7 +42,7 @@ def each(
     elif missing:
         threads = max(1, torch.get_num_threads() // workers)
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _begin, (threads,)) as pool:
+        with ProcessPoolExecutor(workers, context, _begin, (threads, *_determinism())) as pool:
             futures = {pool.submit(function, *jobs[i]): i for i in missing}
             try:
                 for future in as_completed(futures):
@@ -57,10 +57,22 @@ def each(
     return [read_json(file) for file in files]
 
 
-def _begin(threads: int) -> None:
-    """In a worker: take its share of threads, and end with the parent even where that is killed. An orphan would go on
-    beside the resumed run, in the same files."""
+def in_worker() -> bool:
+    """Whether this is a process of `each`: bars of several would write over one another."""
+    return multiprocessing.parent_process() is not None
+
+
+def _determinism() -> tuple[bool, bool, bool]:
+    algorithms = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return *algorithms, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+def _begin(threads: int, deterministic: bool, warn_only: bool, fill: bool) -> None:
+    """In a worker: compute as the parent does, on a share of its threads, and end with it even where it is killed. An
+    orphan would go on beside the resumed run, in the same files."""
     torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
     parent = multiprocessing.parent_process()
     assert parent
     threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -96,7 +96,7 @@ def test_an_arm_that_falls_apart_everywhere_says_so(bench, tmp_path, monkeypatch
         sweep(made, Policy(made.policy().view, {}), tmp_path)
 
 
-def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_path):
+def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_path, monkeypatch):
     made = bench()
     found = sweep(made, made.policy(), tmp_path)
     assert found.table["learning_rate"].to_list() == [0.01, 0.03]
@@ -111,7 +111,8 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     assert set(map(len, readings.texts["tokens"])) == {10}
     assert readings.validations["kept"].sum() == 2
     stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")}
-    again_swept = sweep(made, made.policy(), tmp_path)  # from its log: nothing is trained
+    monkeypatch.setattr(Bench, "train", lambda *_: pytest.fail("trained again"))
+    again_swept = sweep(made, made.policy(), tmp_path)
     assert again_swept.table.equals(found.table)
     again = reading.read_all(made, again_swept, tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")} == stamps
@@ -125,6 +126,15 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     }  # fmt: skip
 
 
+@pytest.fixture
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_processes_of_their_own_come_to_the_same(bench, tmp_path):
     readings = []
     for workers in (1, 2):

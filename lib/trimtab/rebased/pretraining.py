@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-import multiprocessing
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -19,6 +18,7 @@ from tqdm import tqdm
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of
 from trimtab.errors import InputError
+from trimtab.launch import in_worker
 from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
 from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
 from trimtab.rebased.text import Text
@@ -143,9 +143,8 @@ def pretrain(
         history, first = found[1]["history"], found[1]["step"]
     due = {(i + 1) * steps // config.readings for i in range(config.readings)}  # readings, after so many steps
     last_save, losses = time.monotonic(), []
-    alone = multiprocessing.parent_process() is None  # beside others they would write over one another
     title = f"{arm} seed {seed} rate {learning_rate:g}"
-    bar = tqdm(total=steps, initial=first, desc=title, unit="step", mininterval=1, disable=not alone)
+    bar = tqdm(total=steps, initial=first, desc=title, unit="step", mininterval=1, disable=in_worker())
     for step in range(first, steps):
         rows = blocks[batch_of(step + 1, config.batch, len(blocks), seed)].to(device)
         for group in optimiser.param_groups:

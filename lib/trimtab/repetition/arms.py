@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 
@@ -13,9 +13,6 @@ from trimtab.errors import InputError
 from trimtab.interventions import steer
 from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
-
-if TYPE_CHECKING:
-    pass
 
 Kind = Literal["likelihood", "likelihood+tokens", "unlikelihood", "policy", "both"]
 """Of an update: likelihood of a block of text, the same with token unlikelihood, sequence unlikelihood of rollouts,

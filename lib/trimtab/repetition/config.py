@@ -64,7 +64,7 @@ class RepetitionConfig(TrainingConfig):
     adapter_rate_factor: float = 100.0
     """... and for steering vectors and LoRA the same grid times this."""
     seeds: tuple[int, ...] = (0,)
-    """One full run each: a seed sets prefixes, blocks and the order of the kinds of update."""
+    """One full run each: a seed sets prefixes, blocks and where each kind of update begins."""
     domains: tuple[str, ...] = ("wikipedia", "sotu")
     """Kinds of source that are read; the first is trained on, validated on, and decides."""
     val_prefixes: int = 32
@@ -84,9 +84,9 @@ class RepetitionConfig(TrainingConfig):
     decoders: tuple[str, ...] = ("greedy", "top-k-3", "top-k-8", "nucleus-0.3", "nucleus-0.9")
     """How held-out prefixes are continued."""
     once_decoders: tuple[str, ...] = ("beam-4",)
-    """Slow ones, for the first seed alone."""
+    """Further ones, for the first seed alone ..."""
     base_decoders: tuple[str, ...] = ("penalty-1.2", "no-repeat-4", "dry", "contrastive-4-0.6")
-    """What one can do at decoding time alone: tried on the untrained model."""
+    """... and for the untrained model alone: what one can do at decoding time."""
     sentences: int = 16
     """Held-out sentences whose probability is read as they are repeated ..."""
     repeats: int = 8

@@ -26,6 +26,7 @@ from transformers.generation import (
 
 from trimtab.epochs import mix
 from trimtab.errors import InputError
+from trimtab.launch import in_worker
 from trimtab.repetition.dry import DRYProcessor
 from trimtab.repetition.searches import Growth, beam, contrastive
 from trimtab.rl.policy import Policy
@@ -124,7 +125,7 @@ def continuations(
     if decoder.alone:
         return together(policy, [(decoder, prefixes)], tokens, seed=seed, batch=batch, breakers=breakers)[0]
     found = []
-    with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1) as bar:
+    with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1, disable=in_worker()) as bar:
         for start in range(0, len(prefixes), batch):
             ids = prefixes[start : start + batch].to(policy.device, torch.long)
             growth = Growth(policy, ids, tokens, bar)
@@ -159,7 +160,7 @@ def together(
     ]
     rows, found = torch.cat([prefixes for _, prefixes in tasks]), []
     title = ", ".join(dict.fromkeys(decoder.name for decoder, _ in tasks))
-    with tqdm(total=len(rows) * tokens, desc=title, unit="token", mininterval=1) as bar:
+    with tqdm(total=len(rows) * tokens, desc=title, unit="token", mininterval=1, disable=in_worker()) as bar:
         for start in range(0, len(rows), batch):
             ids = rows[start : start + batch].to(policy.device, torch.long)
             grown = _token_by_token(Growth(policy, ids, tokens, bar), ids, tokens, choices[start : start + batch])

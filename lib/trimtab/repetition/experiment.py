@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -55,14 +55,18 @@ class Bench:
         chosen = None if arm == UNTRAINED else Arm(arm)
         return cls(chosen, config, folder, device, load_tokenizer(folder), Library(Path(corpus)))
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For a process of its own: what it was made of, not what was read since."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @property
     def domain(self) -> str:
         """The one trained on and decided by."""
         return self.config.domains[0]
 
     def decoders(self, seed: int) -> list[str]:
-        """What held-out prefixes are continued by: with the first seed also by the slow ones, and the untrained model
-        by what needs no training."""
+        """What held-out prefixes are continued by: with the first seed also by more, and the untrained model by others
+        yet: what needs no training."""
         chosen = [*self.config.decoders, *(self.config.once_decoders if seed == self.config.seeds[0] else ())]
         return chosen if self.arm else [*chosen, *self.config.base_decoders]
 
@@ -181,13 +185,13 @@ class Sweep:
 
 
 def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
-    """A whole run at each learning rate of the grid, with the first seed; of those not chosen nothing is kept. `folder`
-    has what an interrupted sweep goes on from."""
+    """A whole run at each learning rate of the grid, with the first seed; of those not chosen no checkpoint is kept.
+    `folder` has what an interrupted sweep goes on from."""
     known, rates = folder / "untrained.json", bench.rates()
     if not known.is_file():
         write_json(known, math.exp(bench.validate(untrained)))
-    rows = launch.each(partial(try_rate, bench, folder), [(rate,) for rate in rates], folder / "sweep",
-                workers=min(bench.config.workers, len(rates)), title=f"{bench.arm}, rates")  # fmt: skip
+    run, jobs = partial(try_rate, bench, folder), [(rate,) for rate in rates]
+    rows = launch.each(run, jobs, folder / "sweep", workers=bench.config.workers, title=f"{bench.arm}, rates")
     columns = ["learning_rate", "kept", "val_perplexity", "val_seq_rep"]
     table = pl.DataFrame(rows, schema=columns, orient="row").cast({"kept": pl.Int32})
     if not table["val_perplexity"].is_finite().any():

@@ -54,7 +54,7 @@ def plot_decoders(axis: Axes, readings: Mapping[str, Grouped], arms: Sequence[st
         zip(arms, [("", COLOURS[6]), *islice(_styles("o"), len(arms))], strict=False)
     ):
         places = np.arange(len(shown)) + (i - (len(arms) - 1) / 2) * width
-        # Slow decoders were read with the first seed alone.
+        # Some decoders were read with the first seed alone.
         seeds = [[readings[name].mean(arm, s) for s in range(readings[name].seeds)] for name in shown]
         means = [float(np.mean(each)) for each in seeds]
         below, above = ([abs(end(each) - m) for each, m in zip(seeds, means, strict=True)] for end in (min, max))

@@ -77,8 +77,10 @@ def read_all(bench: Bench, swept: Sweep | None, folder: Path) -> Readings:
     first, *others = bench.config.seeds
     seeds = [*others, first] if swept else [first]  # the first is trained: the shortest job, for the last gap
     rate = swept.best if swept else 0.0
-    launch.each(partial(read_seed, bench, rate, folder), [(seed,) for seed in seeds], folder / "read",
-         workers=min(bench.config.workers, len(seeds)), title=f"{bench.arm or UNTRAINED}, seeds")  # fmt: skip
+    run, jobs = partial(read_seed, bench, rate, folder), [(seed,) for seed in seeds]
+    # As many threads to a run as the sweep had, whose checkpoint of the first seed is of no use to others.
+    workers = bench.config.workers if swept else 1
+    launch.each(run, jobs, folder / "read", workers=workers, title=f"{bench.arm or UNTRAINED}, seeds")
     return Readings.together([Readings.of(folder / f"seed-{seed}") for seed in bench.config.seeds if seed in seeds])
 
 

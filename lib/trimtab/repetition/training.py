@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of, mix
+from trimtab.launch import in_worker
 from trimtab.repetition.arms import VECTORS, Arm, Kind
 from trimtab.repetition.config import TrainingConfig
 from trimtab.repetition.losses import accumulate, token_unlikelihood, weighted
@@ -112,7 +113,9 @@ def train(
             policy.publish()
     kinds = arm.mix.schedule(config.updates, seed)
     read_after = {round(config.updates * (i + 1) / config.readings) for i in range(config.readings)}
-    bar = tqdm(total=config.updates, initial=len(history), desc=title, unit="update", mininterval=1)
+    bar = tqdm(
+        total=config.updates, initial=len(history), desc=title, unit="update", mininterval=1, disable=in_worker()
+    )
     last_save = time.monotonic()
     for number in range(len(history) + 1, config.updates + 1):
         for group in optimiser.param_groups:
