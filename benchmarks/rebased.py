@@ -9,7 +9,6 @@ absent device stay as they were, and the table of benchmarks/README.md.
 """
 
 import argparse
-import datetime
 import os
 import random
 import tempfile
@@ -18,12 +17,9 @@ from statistics import median
 from typing import Any
 
 import polars as pl
-import torch
 from contenders import rebased_report, report
-from contenders.turns import Worker, command_line, threads_of
+from contenders.turns import Worker, command_line, environment
 from tqdm import tqdm
-
-from trimtab.pipeline.provenance import hardware
 
 ROOT = Path(__file__).parents[1]
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16_384]
@@ -44,15 +40,13 @@ def main() -> None:
     options = parser.parse_args()
     if not {512, 4096, max(options.lengths) // 2} <= {*options.lengths} or 512 not in options.contexts:
         parser.error("the targets need the lengths 512, 4096 and half the longest, and the context 512")
-    os.environ |= threads_of(options.threads) | {"PYTHONPATH": str(ROOT / "lib")}
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"  # for all contenders; the pipeline's kernels have it too
+    os.environ |= environment(options.threads)
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             *measure(TRAINING, "training", options.lengths, options.rounds, Path(folder)),
             *measure(DECODING, "decoding", options.contexts, options.rounds, Path(folder)),
         ]
-    stamp = {"device": "cpu", "date": datetime.date.today().isoformat(), "hardware": hardware()}
-    stamp |= {"versions": f"torch {torch.__version__}", "threads": options.threads}
+    stamp = {"device": "cpu"} | report.stamp(options.threads, peers=[], own=[])
     table = pl.DataFrame([row | stamp for row in rows], infer_schema_length=None)
     report.merge(options.out, table, pl.col("device").is_in(["cpu"]))
     rebased_report.write(options.out)

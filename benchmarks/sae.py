@@ -11,7 +11,6 @@ table of benchmarks/README.md.
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
 import random
@@ -35,7 +34,6 @@ from tqdm import tqdm
 
 from trimtab.activations import ActivationCache
 from trimtab.activations.reading import CHUNK
-from trimtab.pipeline.provenance import hardware
 
 ROOT = Path(__file__).parents[1]
 OURS, HELD_OUT = "Trimtab TopK", 8192
@@ -201,9 +199,8 @@ def device_rows(device: str, options: argparse.Namespace, folder: Path) -> list[
         for row in rows:
             if (row["k"], row["precision"]) == (base.k, base.precision) and row["contender"] in fvu:
                 row["fvu"], row["rate"] = fvu[row["contender"]]
-    versions = report.versions(*sae_report.PEERS)
-    stamp = {"date": datetime.date.today().isoformat(), "hardware": hardware(), "versions": versions}
-    return [row | stamp | {"threads": options.threads, "data": origin} for row in rows]
+    stamp = report.stamp(options.threads, peers=sae_report.PEERS, own=[]) | {"data": origin}
+    return [row | stamp for row in rows]
 
 
 if __name__ == "__main__":

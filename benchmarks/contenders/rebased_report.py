@@ -24,7 +24,7 @@ def write(path: Path) -> None:
 def section(rows: pl.DataFrame) -> str:
     """One device."""
     first = rows.row(0, named=True)
-    head = f"**{first['hardware']}, {first['threads']} threads**, {first['date']}. {first['versions']}. fp32, batch 1, "
+    head = f"{report.measured_on(first)} fp32, batch 1, "
     lines = [head + f"{HEADS} heads, d_k = 16, d_v = 64.", "", *report.targets(targets(rows)), ""]
     for mode, title in (("forward", "forwards, ms"), ("both", "forwards and backwards, ms")):
         lines += [*by_length(rows.filter(pl.col("mode") == mode), title, "ms"), ""]

@@ -1,4 +1,5 @@
-"""What the benchmarks' reports share: rows replaced in a CSV, a part of README.md rewritten, a table of targets."""
+"""What the benchmarks' reports share: what was measured with, rows replaced in a CSV, a part of README.md rewritten, a
+table of targets."""
 
 import datetime
 import re
