@@ -21,7 +21,6 @@ from contenders import rebased_report, report
 from contenders.turns import Worker, command_line, environment
 from tqdm import tqdm
 
-ROOT = Path(__file__).parents[1]
 LENGTHS = [512, 1024, 2048, 4096, 8192, 16_384]
 LONGEST = {"quadratic": 4096, "cumulative": 4096, "definition": 4096}
 """Tokens up to which a contender is run: the matrices of 4,096 tokens take 5 GB, the running sums as much."""
