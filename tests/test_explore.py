@@ -40,7 +40,7 @@ def execute(path: Path, parameters: dict, *further: str) -> nbformat.NotebookNod
     injected = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(injected))
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in further]
-    return NotebookClient(notebook, timeout=120, resources={"metadata": {"path": str(path.parent)}}).execute()
+    return NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(path.parent)}}).execute()
 
 
 CHOICES = """

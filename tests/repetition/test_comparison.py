@@ -138,6 +138,21 @@ def test_what_is_scored(texts):
         ("implicit", "greedy", 1), ("implicit", "nucleus-0.9", 0), ("implicit", "nucleus-0.9", 1),
     ]  # fmt: skip
     assert len(comparison.to_score(texts, "wikipedia", ["greedy"])) == 5 * 6  # what decoding alone can do stays
+    once = comparison.to_score(texts, "wikipedia", ["nucleus-0.9"], ["greedy"])
+    assert once.select("arm", "decoder", "seed").unique(maintain_order=True).rows() == [
+        (HUMAN, HUMAN, 0), (UNTRAINED, "greedy", 0), (UNTRAINED, "dry", 0), ("implicit", "greedy", 0),
+        ("implicit", "nucleus-0.9", 0), ("implicit", "nucleus-0.9", 1),
+    ]  # fmt: skip
+
+
+def test_a_decoder_is_read_and_scored_on_the_prefixes_that_it_was_given(texts):
+    fewer = texts.filter((pl.col("decoder") != "nucleus-0.9") | (pl.col("text") < 3))
+    numbered = fewer.with_columns(number=pl.col("text").cast(pl.Float64))
+    readings = comparison.by_decoder(numbered, "wikipedia", ["greedy", "nucleus-0.9"], "number")
+    assert readings["greedy"].mean(HUMAN) == 2.5
+    assert readings["nucleus-0.9"].mean(HUMAN) == readings["nucleus-0.9"].mean("implicit") == 1.0
+    scored = comparison.to_score(fewer, "wikipedia", ["nucleus-0.9"], ["greedy"])
+    assert set(scored["text"]) == {0, 1, 2}
 
 
 def embed(texts):

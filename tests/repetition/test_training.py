@@ -215,6 +215,7 @@ def test_vectors_and_biases_do_not_decay(model_folder):
         ("domains", (), "domains"),
         ("dtype", "float16", "bfloat16 or float32"),
         ("test_prefixes", 0, "test_prefixes"),
+        ("decoder_prefixes", 65, "at most test_prefixes = 64, not 65"),
         ("sentences", -1, "must not be negative"),
     ],
 )
@@ -223,9 +224,9 @@ def test_bad_parameters_are_named(field, value, message):
         RepetitionConfig(**{"updates": 8, "tokens": 12, "readings": 2, field: value})
 
 
-def test_a_comparison_without_greedy_quality_is_refused():
-    with pytest.raises(InputError, match="greedy"):
-        CompareConfig(quality_decoders=("nucleus-0.9",))
+def test_a_comparison_without_drawn_quality_is_refused():
+    with pytest.raises(InputError, match=r"nucleus-0\.9"):
+        CompareConfig(quality_decoders=("greedy",))
 
 
 def test_a_run_that_falls_apart_keeps_what_it_had_before(model_folder):

@@ -35,7 +35,7 @@ class Mix:
     def schedule(self, updates: int, seed: int) -> list[Kind]:
         """The kind of every update: as many of each as its share says, to within one (by the largest remainders), each
         spread evenly over the run from a random start. Were they drawn one by one, or in any order, short runs would
-        differ most by the luck of which kind came while the learning rate was high."""
+        differ by the luck of which kind came as well while the learning rate was high."""
         exact = {kind: share * updates for kind, share in self.shares.items()}
         counts = {kind: int(value) for kind, value in exact.items()}
         by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])

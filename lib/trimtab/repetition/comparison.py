@@ -163,13 +163,16 @@ def kept_table(validations: pl.DataFrame) -> pl.DataFrame:
 def by_decoder(
     texts: pl.DataFrame, domain: str, decoders: Sequence[str], value: str = "seq_rep_4"
 ) -> dict[str, Grouped]:
-    """A reading for each decoder, of the arms that it was tried on, and of the human continuations."""
+    """A reading for each decoder, of the arms that it was tried on, and of the human continuations of the prefixes
+    that it was given."""
     here = texts.filter(pl.col("domain") == domain)
-    return {
-        decoder: Grouped.of(here.filter(pl.col("decoder").is_in([decoder, HUMAN])), value)
-        for decoder in decoders
-        if len(here.filter(pl.col("decoder") == decoder))
-    }
+    found = {}
+    for decoder in decoders:
+        rows = here.filter(pl.col("decoder") == decoder)
+        human = here.filter((pl.col("decoder") == HUMAN) & pl.col("text").is_in(rows["text"].unique().to_list()))
+        if len(rows):
+            found[decoder] = Grouped.of(pl.concat([rows, human]), value)
+    return found
 
 
 def repetition_table(readings: Mapping[str, Grouped]) -> pl.DataFrame:
@@ -193,9 +196,15 @@ def perplexity_table(nats: Mapping[str, Grouped], *, seed: int = 0) -> pl.DataFr
     return pl.DataFrame(rows, schema=columns, orient="row")
 
 
-def to_score(texts: pl.DataFrame, domain: str, decoders: Sequence[str]) -> pl.DataFrame:
-    """The continuations whose quality is scored: those by `decoders`, of the untrained model also those by every
-    decoder that was tried on it alone, and the human ones, first."""
+def to_score(texts: pl.DataFrame, domain: str, decoders: Sequence[str], once: Sequence[str] = ()) -> pl.DataFrame:
+    """The continuations whose quality is scored: those by `decoders`, by `once` those of the first seed, of the
+    untrained model also those by every decoder that was tried on it alone, and the human ones, first. All of the same
+    prefixes: those that every decoder was given."""
     here = texts.filter(pl.col("domain") == domain)
-    alone = set(here["decoder"]) - set(here.filter(~pl.col("arm").is_in([UNTRAINED, HUMAN]))["decoder"])
-    return here.filter(pl.col("decoder").is_in([*decoders, *alone])).sort(pl.col("arm") != HUMAN, maintain_order=True)
+    trained = here.filter(~pl.col("arm").is_in([UNTRAINED, HUMAN]))
+    alone = set(here["decoder"]) - set(trained["decoder"])
+    wanted = pl.col("decoder").is_in([*decoders, *alone])
+    if once:
+        wanted |= pl.col("decoder").is_in(once) & (pl.col("seed") == here.filter(pl.col("arm") == UNTRAINED)["seed"][0])
+    least = int(here.group_by("arm", "decoder", "seed").agg(pl.col("text").n_unique())["text"].min())  # type: ignore[arg-type]
+    return here.filter(wanted & (pl.col("text") < least)).sort(pl.col("arm") != HUMAN, maintain_order=True)

@@ -192,8 +192,7 @@ def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
         write_json(known, math.exp(bench.validate(untrained)))
     run, jobs = partial(try_rate, bench, folder), [(rate,) for rate in rates]
     rows = launch.each(run, jobs, folder / "sweep", workers=bench.config.workers, title=f"{bench.arm}, rates")
-    columns = ["learning_rate", "kept", "val_perplexity", "val_seq_rep"]
-    table = pl.DataFrame(rows, schema=columns, orient="row").cast({"kept": pl.Int32})
+    table = pl.DataFrame(rows, schema_overrides={"kept": pl.Int32})
     if not table["val_perplexity"].is_finite().any():
         raise InputError(
             f"{bench.arm} falls apart at every learning rate: lower learning_rates or adapter_rate_factor of section "
@@ -206,12 +205,14 @@ def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
     return swept
 
 
-def try_rate(bench: Bench, folder: Path, rate: float) -> list[float]:
-    """A row of the sweep's table."""
+def try_rate(bench: Bench, folder: Path, rate: float) -> dict[str, float]:
+    """A row of the sweep's table; see `Sweep`."""
     run = bench.train(rate, bench.config.seeds[0], folder)
     kept = run.trained.kept
     broken = math.isinf(kept.nats)  # a policy of NaN cannot be decoded
-    return [rate, float(kept.update), math.exp(kept.nats), 1.0 if broken else bench.val_repetition(run.policy)]
+    repetition = 1.0 if broken else bench.val_repetition(run.policy)
+    row = {"learning_rate": rate, "kept": kept.update}
+    return row | {"val_perplexity": math.exp(kept.nats), "val_seq_rep": repetition}
 
 
 def history_of(seed: int, trained: Trained) -> pl.DataFrame:

@@ -112,9 +112,10 @@ def read(bench: Bench, run: Run, seed: int) -> Readings:
     """Every reading of a policy."""
     policy, config = run.policy, bench.config
     wanted = [
-        (domain, passages, decoder, prefixes)
+        (domain, passages[:most], decoder, prefixes[:most])
         for domain, passages, prefixes in _domains(bench)
         for decoder in (bench.decoders(seed) if domain == bench.domain else ["greedy"])
+        for most in [len(passages) if decoder == "greedy" else config.decoder_prefixes]
     ]
     continued = bench.continued(policy, [(decoder, prefixes) for _, _, decoder, prefixes in wanted])
     texts = [
