@@ -1,6 +1,7 @@
 """Means by group, differences, shares and what is refused; figures and panels of what was compared."""
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
@@ -181,6 +182,12 @@ def test_scores_are_those_of_each_text_after_its_prefix(judge, texts, tiny_llama
         alone = -logits[range(7, 19), row["tokens"]].mean()
         assert row["nats"] == pytest.approx(alone.item(), rel=1e-4)
         assert row["string"] == judge.tokenizer.decode(row["tokens"])
+
+
+def test_more_clusters_than_texts_are_refused_before_anything_is_scored(judge, texts):
+    few = replace(judge, clusters=7, embed=lambda _: pytest.fail("scored all the same"))
+    with pytest.raises(InputError, match=r"at most 6, .* not 7"):
+        few.scored(comparison.to_score(texts, "wikipedia", ["greedy"]))
 
 
 def test_sets_are_summed_up_and_controls_made(judge, texts):

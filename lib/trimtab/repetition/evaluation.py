@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from trimtab.errors import InputError
 from trimtab.repetition.losses import accumulate
 from trimtab.repetition.ngrams import as_ids, distinct, periodic_tail, seq_rep, uniq_seq, words
 from trimtab.repetition.text_quality import (
@@ -51,7 +52,14 @@ class Judge:
     def scored(self, texts: pl.DataFrame) -> pl.DataFrame:
         """Rows of `reading.Readings.texts` with `string` (the continuation), `nats` (mean -log p of its tokens under
         the frozen model, after the prefix), `coherence` (cosine of prefix and continuation) and `copied` (share of its
-        4-grams that stand in the prefix)."""
+        4-grams that stand in the prefix). Raises InputError, before anything is scored, where the sets are smaller than
+        the MAUVE-like divergence has clusters."""
+        least = int(texts.group_by("arm", "decoder", "seed").len()["len"].min())  # type: ignore[arg-type]
+        if self.clusters > least:
+            raise InputError(
+                f"repetition_compare: clusters must be at most {least}, the prefixes that every decoder continued, not "
+                f"{self.clusters}."
+            )
         prefixes, tokens = (stacked(texts, column) for column in ("prefix", "tokens"))
         strings, before = self._decoded(tokens), self._decoded(prefixes)
         distinct_texts = list(dict.fromkeys([*before, *strings]))
