@@ -1,4 +1,4 @@
-"""The command line: run a notebook as a stage, fetch inputs, report, compose a scale, copy the project."""
+"""The command line: run a notebook as a stage, fetch inputs, report, look into records, compose a scale, copy."""
 
 import sys
 from pathlib import Path
@@ -8,8 +8,10 @@ import typer
 import yaml
 
 from trimtab.errors import InputError
+from trimtab.pipeline.records_cli import app as records_app
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(records_app, name="records")
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,30 @@ import nbformat
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
+from trimtab.errors import InputError
 from trimtab.files import atomic
 from trimtab.pipeline.execution import Execution, was_executed
 
+FORMAT = 1
+"""Of the metadata that a record has about itself."""
 PROVENANCE, BANNER = "provenance", "failure"
 _ADDRESS = re.compile(r"\b0x[0-9a-f]{6,}\b")
 _CELL_FILE = re.compile(r"/\S*?ipykernel_\d+/\d+\.py")
 
 
-def make_record(execution: Execution, provenance: str, *, root: Path, source: str) -> NotebookNode:
+def make_record(
+    execution: Execution,
+    provenance: str,
+    *,
+    root: Path,
+    source: str,
+    parameters: Mapping[str, Any],
+    results: Mapping[str, Any],
+) -> NotebookNode:
     """Normalise an executed notebook and add provenance; a failed one says so at its top, and which cells never ran.
 
-    Time stamps, durations, random cell ids, papermill's metadata and the paths of this machine are removed.
+    Time stamps, durations, random cell ids, papermill's metadata and the paths of this machine are removed. What the
+    run was given and what it found is in the metadata too, so that a record can be compared wherever it lies.
     """
     notebook = execution.notebook
     status = "failed" if execution.failure else "complete"
@@ -42,8 +55,29 @@ def make_record(execution: Execution, provenance: str, *, root: Path, source: st
         _mark_failure(notebook, execution.failure)
     # The kernel's own description carries version numbers; those belong to the provenance cell.
     kernel = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "trimtab": {"status": status, "notebook": source}})
+    about = {
+        "format": FORMAT,
+        "status": status,
+        "notebook": source,
+        "parameters": dict(parameters),
+        "results": dict(results),
+    }
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "trimtab": about})
     return notebook
+
+
+def provenance_of(record: NotebookNode) -> dict[str, str]:
+    """The rows of a record's provenance cell."""
+    for cell in record.cells:
+        if PROVENANCE in cell.metadata.get("tags", []):
+            return dict(re.findall(r"^\| ([a-z][a-z ]*) \| (.*) \|$", cell.source, flags=re.MULTILINE))
+    return {}
+
+
+def title_of(record: NotebookNode) -> str | None:
+    """The first heading."""
+    headings = (re.match(r"# +(.+)", cell.source) for cell in record.cells)
+    return next((heading.group(1) for heading in headings if heading), None)
 
 
 def write_record(notebook: NotebookNode, path: Path) -> None:
@@ -54,8 +88,31 @@ def write_record(notebook: NotebookNode, path: Path) -> None:
 
 
 def read_record(path: Path) -> NotebookNode:
-    """Read a record back."""
-    return nbformat.read(path, as_version=4)
+    """Read a record back. Raises InputError where it is missing or is none; see `parse_record`."""
+    try:
+        return parse_record(path.read_text(encoding="utf-8"), str(path))
+    except (FileNotFoundError, IsADirectoryError):
+        raise InputError(f"{path} is missing: run `dvc repro`.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path} is not a record: it is no text.") from None
+
+
+def parse_record(content: str, name: str) -> NotebookNode:
+    """A record from its text. Raises InputError, with the name, where that is no record or a newer one."""
+    try:
+        record = nbformat.reads(content, as_version=4)
+        about = record.metadata.get("trimtab")
+    except (nbformat.reader.NotJSONError, nbformat.ValidationError, AttributeError, KeyError, TypeError):
+        raise InputError(f"{name} is not a notebook that nbformat can read.") from None
+    if about is None:
+        raise InputError(f"{name} is a notebook, but no record: `trimtab run` makes them.")
+    written = about.get("format", 0)
+    if written > FORMAT:
+        raise InputError(
+            f"{name} was written by a newer Trimtab (records of format {written}, this one reads up to {FORMAT}): "
+            "update this checkout."
+        )
+    return record
 
 
 def _mark_failure(notebook: NotebookNode, reason: str) -> None:

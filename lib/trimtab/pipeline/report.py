@@ -1,7 +1,6 @@
 """records/README.md: what the executed notebooks found, rendered from their records and results."""
 
 import base64
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from nbformat import NotebookNode
 from trimtab.claims import Verdict, verdict_table
 from trimtab.errors import InputError
 from trimtab.files import atomic, read_json
-from trimtab.pipeline.records import PROVENANCE, read_record
+from trimtab.pipeline.records import provenance_of, read_record, title_of
 
 FIGURE_TAG = "figure"
 """Tag of the cell whose picture stands for the record."""
@@ -31,18 +30,12 @@ class Entry:
     @property
     def title(self) -> str:
         """The first heading of the notebook."""
-        for cell in self.record.cells:
-            if heading := re.match(r"# +(.+)", cell.source):
-                return heading.group(1)
-        return self.name
+        return title_of(self.record) or self.name
 
     @property
     def provenance(self) -> dict[str, str]:
         """The rows of the provenance cell."""
-        for cell in self.record.cells:
-            if PROVENANCE in cell.metadata.get("tags", []):
-                return dict(re.findall(r"^\| ([a-z][a-z ]*) \| (.*) \|$", cell.source, flags=re.MULTILINE))
-        return {}
+        return provenance_of(self.record)
 
 
 def write_report(root: Path, output: Path, figures: Path, names: Sequence[str]) -> None:
@@ -73,10 +66,8 @@ def current_records(root: Path) -> list[str]:
 def read_entry(root: Path, name: str) -> Entry:
     """records/NAME.ipynb with data/results/NAME.json."""
     file = root / "records" / f"{name}.ipynb"
-    if not file.is_file():
-        raise InputError(f"{file} is missing: run `dvc repro`.")
     record = read_record(file)
-    if record.metadata.get("trimtab", {}).get("status") != "complete":
+    if record.metadata["trimtab"]["status"] != "complete":
         raise InputError(f"{file} is the record of a failed run: run its stage again before reporting.")
     results = read_json(root / "data/results" / f"{name}.json")
     return Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])

@@ -8,7 +8,7 @@ from typing import Any
 import nbformat
 
 from trimtab.errors import InputError
-from trimtab.files import remove
+from trimtab.files import read_json, remove
 from trimtab.pipeline.execution import execute
 from trimtab.pipeline.parameters import collect, read_sections
 from trimtab.pipeline.provenance import commit, describe
@@ -75,6 +75,8 @@ def run_notebook(
             seconds=seconds,
             outcome=outcome,
         )
-        write_record(make_record(execution, provenance, root=root, source=source), root / record)
+        results = {} if execution.failure or "results" not in outputs else read_json(root / outputs["results"])
+        finished = make_record(execution, provenance, root=root, source=source, parameters=parameters, results=results)
+        write_record(finished, root / record)
         terminal.line(f"{outcome} after {seconds:.0f} s; record {record}")
     return execution.exit_code

@@ -1,0 +1,169 @@
+"""What differs between two records: parameters, claims, metrics, and cells."""
+
+import io
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from trimtab.claims import Verdict
+from trimtab.markup import visible
+from trimtab.pipeline.archive import Filed
+
+ABSENT = "·"
+"""In place of what one of the two has not."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that two records have differently, or one has and the other has not (None)."""
+
+    name: str
+    before: Any
+    after: Any
+
+
+def changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[Change]:
+    """What differs, in the order in which it stands."""
+    names = list(dict.fromkeys([*before, *after]))
+    return [
+        Change(name, before.get(name), after.get(name))
+        for name in names
+        if (name in before, before.get(name)) != (name in after, after.get(name))
+    ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two records, side by side."""
+
+    before: Filed
+    after: Filed
+
+    @property
+    def unknowing(self) -> list[str]:
+        """Records that do not hold their parameters and results: of these only cells are compared."""
+        return [each.label for each in (self.before, self.after) if not each.knows]
+
+    @property
+    def parameters(self) -> list[Change]:
+        return [] if self.unknowing else changes(self.before.parameters, self.after.parameters)
+
+    @property
+    def claims(self) -> list[Change]:
+        return [] if self.unknowing else changes(self.before.verdicts, self.after.verdicts)
+
+    @property
+    def metrics(self) -> list[Change]:
+        return [] if self.unknowing else changes(self.before.metrics, self.after.metrics)
+
+    @property
+    def cells(self) -> str:
+        """What `Filed.cells` differs in, as nbdime prints it. Empty: nothing."""
+        # A terminal's tool: it imports half of Jupyter's server.
+        from nbdime import diff_notebooks
+        from nbdime.prettyprint import PrettyPrintConfig, pretty_print_notebook_diff
+
+        one, other = self.before.cells(), self.after.cells()
+        found = diff_notebooks(one, other)
+        if not found:
+            return ""
+        out = io.StringIO()
+        config = PrettyPrintConfig(out=out, use_color=False, use_git=False, use_diff=False)
+        pretty_print_notebook_diff(self.before.label, self.after.label, one, found, config)
+        _, _, _, *lines = out.getvalue().splitlines()  # which files
+        return "\n".join(lines)
+
+    def __bool__(self) -> bool:
+        return bool(self.parameters or self.claims or self.metrics or self.cells)
+
+
+def summary(filed: Filed) -> RenderableType:
+    """One record: its title, provenance, claims and metrics."""
+    about = Table.grid(padding=(0, 2))
+    for name, value in filed.provenance.items():
+        about.add_row(name, Text(visible(value.replace("`", "")), overflow="fold"))
+    parts: list[RenderableType] = [Text(visible(filed.title), style="bold"), about]
+    if filed.verdicts:
+        claims = Table("claim", "verdict", title="Claims", title_justify="left", title_style="bold")
+        for verdict in filed.verdicts.values():
+            claims.add_row(Text(visible(verdict.text)), _verdict(verdict))
+        parts.append(claims)
+    if filed.metrics:
+        metrics = Table("metric", "value", title="Metrics", title_justify="left", title_style="bold")
+        for name, value in filed.metrics.items():
+            metrics.add_row(Text(visible(name)), _value(value))
+        parts.append(metrics)
+    return Group(*parts)
+
+
+def render(difference: Difference) -> RenderableType:
+    """For a terminal or, by way of rich, a page. Nothing that a model wrote can act on either."""
+    before, after = (visible(each.label) for each in (difference.before, difference.after))
+    if not difference:
+        return Text(f"{before} and {after} are the same but for provenance.")
+    parts: list[RenderableType] = []
+    if difference.unknowing:
+        which = " and ".join(difference.unknowing)
+        parts.append(Text(visible(f"Only cells are compared: {which} does not hold parameters and results yet.")))
+    for title, found in (("Parameters", difference.parameters), ("Metrics", difference.metrics)):
+        if found:
+            parts.append(
+                _table(title, before, after, ((c.name, _value(c.before), _value(c.after), _by(c)) for c in found))
+            )
+    if difference.claims:
+        rows = [(_text(c), _verdict(c.before), _verdict(c.after), "") for c in difference.claims]
+        parts.insert(len(parts) - bool(difference.metrics), _table("Claims", before, after, iter(rows)))
+    if cells := difference.cells:
+        parts += [Text("\nCells", style="bold"), Group(*map(_line, cells.splitlines()))]
+    return Group(*parts)
+
+
+def page(difference: Difference, width: int = 140) -> str:
+    """`render` as one HTML file that asks nothing of any other."""
+    console = Console(record=True, file=io.StringIO(), width=width, force_terminal=False)
+    console.print(render(difference))
+    return console.export_html(inline_styles=True)
+
+
+def _table(title: str, before: str, after: str, rows: Iterator[tuple[str, str, str, str]]) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for name in (title.lower(), before, after, "change"):
+        table.add_column(Text(name), overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(visible(each)) for each in row))
+    return table
+
+
+def _text(change: Change) -> str:
+    verdict = change.after or change.before
+    return str(verdict.text)
+
+
+def _verdict(verdict: Verdict | None) -> str:
+    if verdict is None:
+        return ABSENT
+    low, high = ("unbounded" if each is None else f"{each:.3g}" for each in (verdict.low, verdict.high))
+    return f"{verdict.outcome}: {verdict.effect:.3g} ({low} to {high}), {verdict.rule}"
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return ABSENT
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _by(change: Change) -> str:
+    numbers = [change.before, change.after]
+    if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
+        return ""
+    before, after = map(float, numbers)
+    return f"{after - before:+.3g}" + (f" ({(after - before) / abs(before):+.1%})" if before else "")
+
+
+def _line(line: str) -> Text:
+    style = {"+": "green", "-": "red", "#": "bold"}.get(line[:1], "")
+    return Text(visible(line).replace("⇥", "    "), style=style)

@@ -1,0 +1,97 @@
+"""`trimtab records`: which there are, what one says, how two differ, and whether they can be believed."""
+
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from trimtab.errors import InputError
+from trimtab.pipeline.root import project_root
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(no_args_is_help=True, help=__doc__)
+Which = Annotated[str, typer.Argument(help="A record: its name as in `list`, a file, or REVISION:NAME.")]
+
+
+@app.command("list")
+def list_records() -> None:
+    """Every stage's record: its state, its claims, and where it comes from."""
+    from rich.table import Table
+
+    from trimtab.pipeline.archive import Filed, find
+    from trimtab.pipeline.conditions import conditions
+
+    root = project_root()
+    table = Table("record", "state", "claims", "commit", "wall time")
+    for each in conditions(root):
+        if each.record is None:
+            continue
+        filed: Filed | None = None
+        if (root / "records" / f"{each.record}.ipynb").is_file():
+            try:
+                filed = find(root, each.record)
+            except InputError:
+                filed = None  # its state says so
+        outcomes = Counter(verdict.outcome for verdict in filed.verdicts.values()) if filed else Counter()
+        claims = ", ".join(f"{outcomes[key]} {key}" for key in ("held", "not held", "inconclusive") if outcomes[key])
+        made = filed.provenance if filed else {}
+        commit = made.get("commit", "").replace("`", "")
+        table.add_row(each.record, each.state, claims, commit, made.get("wall time", ""))
+    _console().print(table)
+
+
+@app.command()
+def show(record: Which) -> None:
+    """One record's provenance, claims and metrics."""
+    from trimtab.pipeline.archive import find
+    from trimtab.pipeline.differences import summary
+
+    _console().print(summary(find(project_root(), record)))
+
+
+@app.command()
+def diff(
+    record: Which,
+    other: Annotated[str | None, typer.Argument(help="What it is compared with [the same name now].")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page instead.")] = None,
+) -> None:
+    """Two records by parameters, claims, metrics and cells; of one name alone the last commit's and today's."""
+    from trimtab.pipeline.archive import find
+    from trimtab.pipeline.differences import Difference, page, render
+
+    root = project_root()
+    before, after = (record, other) if other else (f"HEAD:{record}", record)
+    if other is None and ":" in record:
+        after = record.rpartition(":")[2]
+        before = record
+    difference = Difference(find(root, before), find(root, after))
+    if html:
+        from trimtab.files import atomic
+
+        with atomic(html) as partial:
+            partial.write_text(page(difference), encoding="utf-8")
+    else:
+        _console().print(render(difference))
+
+
+@app.command()
+def verify() -> None:
+    """Whether every record is what its run wrote, and was made from what is here: names those that are not."""
+    from trimtab.pipeline.conditions import conditions
+
+    found = conditions(project_root())
+    for each in found:
+        if each.state != "fresh":
+            typer.echo(f"{each.stage}: {each.state}: {'; '.join(each.reasons)}")
+    others = sum(each.state != "fresh" for each in found)
+    typer.echo(f"{len(found) - others} of {len(found)} stages are fresh.")
+    raise typer.Exit(1 if others else 0)
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False)
