@@ -1,8 +1,9 @@
 """What differs between two records: parameters, claims, metrics, and cells."""
 
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -60,7 +61,7 @@ class Difference:
     def metrics(self) -> list[Change]:
         return [] if self.unknowing else changes(self.before.metrics, self.after.metrics)
 
-    @property
+    @cached_property
     def cells(self) -> str:
         """What `Filed.cells` differs in, as nbdime prints it. Empty: nothing."""
         # A terminal's tool: it imports half of Jupyter's server.
@@ -90,12 +91,12 @@ def summary(filed: Filed) -> RenderableType:
     if filed.verdicts:
         claims = Table("claim", "verdict", title="Claims", title_justify="left", title_style="bold")
         for verdict in filed.verdicts.values():
-            claims.add_row(Text(visible(verdict.text)), _verdict(verdict))
+            claims.add_row(Text(visible(verdict.text)), Text(visible(_verdict(verdict))))
         parts.append(claims)
     if filed.metrics:
         metrics = Table("metric", "value", title="Metrics", title_justify="left", title_style="bold")
         for name, value in filed.metrics.items():
-            metrics.add_row(Text(visible(name)), _value(value))
+            metrics.add_row(Text(visible(name)), Text(visible(_value(value))))
         parts.append(metrics)
     return Group(*parts)
 
@@ -109,14 +110,13 @@ def render(difference: Difference) -> RenderableType:
     if difference.unknowing:
         which = " and ".join(difference.unknowing)
         parts.append(Text(visible(f"Only cells are compared: {which} does not hold parameters and results yet.")))
-    for title, found in (("Parameters", difference.parameters), ("Metrics", difference.metrics)):
-        if found:
-            parts.append(
-                _table(title, before, after, ((c.name, _value(c.before), _value(c.after), _by(c)) for c in found))
-            )
+    if difference.parameters:
+        parts.append(_table("Parameters", before, after, map(_numbers, difference.parameters)))
     if difference.claims:
-        rows = [(_text(c), _verdict(c.before), _verdict(c.after), "") for c in difference.claims]
-        parts.insert(len(parts) - bool(difference.metrics), _table("Claims", before, after, iter(rows)))
+        rows = ((_text(c), _verdict(c.before), _verdict(c.after), "") for c in difference.claims)
+        parts.append(_table("Claims", before, after, rows))
+    if difference.metrics:
+        parts.append(_table("Metrics", before, after, map(_numbers, difference.metrics)))
     if cells := difference.cells:
         parts += [Text("\nCells", style="bold"), Group(*map(_line, cells.splitlines()))]
     return Group(*parts)
@@ -129,13 +129,17 @@ def page(difference: Difference, width: int = 140) -> str:
     return console.export_html(inline_styles=True)
 
 
-def _table(title: str, before: str, after: str, rows: Iterator[tuple[str, str, str, str]]) -> Table:
+def _table(title: str, before: str, after: str, rows: Iterable[tuple[str, str, str, str]]) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold")
     for name in (title.lower(), before, after, "change"):
         table.add_column(Text(name), overflow="fold")
     for row in rows:
         table.add_row(*(Text(visible(each)) for each in row))
     return table
+
+
+def _numbers(change: Change) -> tuple[str, str, str, str]:
+    return change.name, _value(change.before), _value(change.after), _by(change)
 
 
 def _text(change: Change) -> str:
