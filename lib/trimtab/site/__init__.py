@@ -1,0 +1,1 @@
+"""The site: records as pages, for a browser without a network."""

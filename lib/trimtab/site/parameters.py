@@ -1,0 +1,49 @@
+"""What parameters mean, and what they are by default: from the comments of conf/config.yaml and its default scale."""
+
+import re
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trimtab.pipeline.scales import compose
+
+DEFAULT_SCALE = "laptop"
+_SECTION = re.compile(r"^(\w+):\s*$")
+_KEY = re.compile(r"^  (\w+):[^#]*(?:#\s*(.*))?$")
+_COMMENT = re.compile(r"^  #\s*(.*)$")
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Sections of parameters, as {section: {parameter: ...}}."""
+
+    defaults: Mapping[str, Mapping[str, Any]]
+    meanings: Mapping[str, Mapping[str, str]]
+
+    @classmethod
+    def of(cls, root: Path) -> "Annotated":
+        """Read conf/ of a checkout."""
+        with tempfile.TemporaryDirectory() as folder:
+            composed = Path(folder) / "params.yaml"
+            compose(root, composed, DEFAULT_SCALE)
+            defaults = yaml.safe_load(composed.read_text())
+        return cls(defaults, comments((root / "conf/config.yaml").read_text()))
+
+
+def comments(text: str) -> dict[str, dict[str, str]]:
+    """Of each parameter the comment behind it or, where there is none, those on the lines before it."""
+    found: dict[str, dict[str, str]] = {}
+    section, before = "", []
+    for line in text.splitlines():
+        if match := _SECTION.match(line):
+            section, before = match.group(1), []
+        elif match := _COMMENT.match(line):
+            before.append(match.group(1))
+        elif match := _KEY.match(line):
+            found.setdefault(section, {})[match.group(1)] = match.group(2) or " ".join(before)
+            before = []
+    return found
