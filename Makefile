@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: repro test smoke lab bench peers lock
+.PHONY: repro test smoke site serve lab bench peers lock
 .DEFAULT_GOAL := repro
 
 .venv/installed: requirements.lock pyproject.toml
@@ -28,6 +28,12 @@ test: .venv/tested .venv-peers/installed  ## every check, the pipeline at the sm
 smoke: .venv/installed        ## the whole pipeline at the smoke scale, in a copy under scratch/smoke
 	trimtab copy scratch/smoke --scale smoke
 	cd scratch/smoke && dvc repro
+
+site: .venv/installed         ## the records as a static site, in site/
+	trimtab site
+
+serve: site                   ## the same on http://localhost:8000, for this machine alone
+	python -m http.server --bind 127.0.0.1 --directory site 8000
 
 lab: .venv/installed          ## JupyterLab on the notebooks
 	jupyter lab

@@ -64,6 +64,18 @@ def report() -> None:
 
 
 @app.command()
+def site(
+    out: Annotated[Path, typer.Argument(help="Folder to write; replaced when it exists.")] = Path("site"),
+) -> None:
+    """Render the records as a static site, to be read without a network."""
+    from trimtab.pipeline.report import current_records
+    from trimtab.site.build import build
+
+    root = _root()
+    build(root, root / out, current_records(root))
+
+
+@app.command()
 def compose(
     overrides: Annotated[list[str] | None, typer.Argument(help="Hydra overrides such as sae.steps=100.")] = None,
     scale: Annotated[str, typer.Option(help="smoke | laptop | gpu | paper.")] = "laptop",

@@ -20,9 +20,19 @@ LONGEST_OUTPUT = 300_000
 """Characters of an output that are shown at all."""
 SHOWN = ("text/html", "text/markdown", "text/plain", "image/png", "image/jpeg")
 STYLES = {
-    "background", "background-color", "color", "border", "border-radius", "padding", "margin", "text-align", "font-weight",
-    "font-size", "font-family", "white-space", "width", "vertical-align", "opacity", "overflow-wrap", "display", "columns",
-}  # fmt: skip
+    *("background", "background-color", "color", "border", "border-radius", "padding", "margin", "text-align", "width"),
+    *(
+        "font-weight",
+        "font-size",
+        "font-family",
+        "white-space",
+        "vertical-align",
+        "opacity",
+        "overflow-wrap",
+        "display",
+    ),
+}
+"""What an output may say of its looks; none of them moves it out of its place."""
 _ADDED = {"provenance", "failure", "parameters", "injected-parameters"}
 
 
@@ -51,7 +61,7 @@ def interval(verdict: Verdict) -> str:
 def _head(filed: Filed, annotated: Annotated) -> list[str]:
     parts = []
     if filed.verdicts:
-        parts.append(verdict_table(list(filed.verdicts.values())))
+        parts.append(f":::{{container}} wide\n{verdict_table(list(filed.verdicts.values()))}\n:::")
     made = filed.provenance
     commit, time, memory = (made.get(key, "?").replace("`", "") for key in ("commit", "wall time", "peak memory"))
     rows = "".join(
@@ -60,7 +70,9 @@ def _head(filed: Filed, annotated: Annotated) -> list[str]:
         if key != "parameters"
     )
     about = f"Provenance: commit {escaped(commit)}, {escaped(time)}, {escaped(memory)}"
-    parts.append(f"<details class=provenance><summary>{about}</summary><table>{rows}</table></details>")
+    parts.append(
+        f"<details class=provenance><summary>{about}</summary><div class=wide><table>{rows}</table></div></details>"
+    )
     sections = re.findall(r"`(\w+)`", made.get("notebook", "").partition("sections")[2])
     defaults, meanings = (
         {key: value for section in sections for key, value in kind.get(section, {}).items()}
@@ -75,19 +87,20 @@ def _parameters(found: Mapping[str, Any], defaults: Mapping[str, Any], meanings:
     rows = "".join(
         f"<tr class={'changed' if key in changed else 'default'}><th><code>{escaped(key)}</code></th>"
         f"<td><code>{escaped(repr(value))}</code></td>"
-        f"<td>{escaped(repr(defaults[key])) if key in changed else ''}</td><td>{escaped(meanings.get(key, ''))}</td></tr>"
+        f"<td>{escaped(repr(defaults[key])) if key in changed else ''}</td>"
+        f"<td>{escaped(meanings.get(key, ''))}</td></tr>"
         for key, value in found.items()
     )
     told = f"{len(changed)} other than by default: {', '.join(changed)}" if changed else "all as by default"
     heads = "".join(f"<th>{name}</th>" for name in ("parameter", "value", "by default", "meaning"))
     return (
         f"<details class=parameters><summary>{len(found)} parameters, {escaped(told)}</summary>"
-        f"<table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></details>"
+        f"<div class=wide><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>"
     )
 
 
 def _cell(cell: NotebookNode) -> NotebookNode:
-    shown = cell.copy()
+    shown = NotebookNode(cell)
     if cell.cell_type == "code":
         shown.metadata = NotebookNode({"tags": ["hide-input"]})
         shown.outputs = [_calm(output) for output in cell.outputs]
@@ -96,7 +109,7 @@ def _cell(cell: NotebookNode) -> NotebookNode:
 
 def _calm(output: NotebookNode) -> NotebookNode:
     """What a page can show of an output, at a length that a browser can bear, with nothing hidden in it."""
-    calm = output.copy()
+    calm = NotebookNode(output)
     if output.output_type == "stream":
         calm.text = _text(output.text)
     elif "data" in output:
@@ -116,11 +129,13 @@ def _shown(kind: str, data: str) -> str:
         "th": {"colspan"},
     }
     data = _kept(visible(data).replace("↵", "\n").replace("⇥", "\t"))
-    return nh3.clean(data, attributes=attributes, filter_style_properties=STYLES)
+    # Nothing that loads or leads: pictures are outputs of their own.
+    tags = nh3.ALLOWED_TAGS - {"a", "area", "img", "map"}
+    return nh3.clean(data, tags=tags, attributes=attributes, filter_style_properties=STYLES)
 
 
 def _text(text: str) -> str:
-    return _kept("\n".join(map(_line, text[: 2 * LONGEST_OUTPUT].split("\n"))))
+    return _kept("\n".join(map(_line, text.split("\n"))))
 
 
 def _line(line: str) -> str:

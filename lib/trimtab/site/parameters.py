@@ -37,7 +37,8 @@ class Annotated:
 def comments(text: str) -> dict[str, dict[str, str]]:
     """Of each parameter the comment behind it or, where there is none, those on the lines before it."""
     found: dict[str, dict[str, str]] = {}
-    section, before = "", []
+    section = ""
+    before: list[str] = []
     for line in text.splitlines():
         if match := _SECTION.match(line):
             section, before = match.group(1), []

@@ -1,0 +1,95 @@
+"""The parts of a page: outputs that cannot act, parameters with their meanings, the graph."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.pages import HOSTILE, Reader
+from trimtab.errors import InputError
+from trimtab.site import display, graph
+from trimtab.site.build import render
+from trimtab.site.parameters import Annotated, comments
+
+from .conftest import LONG, record
+
+ACTING = set("\x1b\u202e\u202c\u2066\u200b\x00\x9b")
+
+
+def test_what_a_model_wrote_is_text_and_nothing_else(hostile, root):
+    page = display.page_of(hostile, Annotated.of(root))
+    code = page.cells[-1]
+    assert code.metadata.tags == ["hide-input"]
+    stream, html, script, picture = code.outputs
+    assert not ACTING & set(stream.text)
+    assert len(stream.text) < 4_000
+    assert f"{LONG - display.LONGEST_LINE:,} characters more" in stream.text
+    shown = Reader(html.data["text/html"])
+    names = {name for name, _ in shown.tags}
+    assert "script" not in names
+    assert not {key for _, attributes in shown.tags for key in attributes if key.startswith("on")}
+    assert all("fixed" not in str(attributes.get("style")) for _, attributes in shown.tags)
+    assert not ACTING & set(html.data["text/html"])
+    assert list(script.data) == ["text/plain"]
+    assert not picture.metadata
+    head = page.cells[1].source
+    assert not ACTING & set(head)
+    assert "<script" not in head
+    assert "script" in Reader(head[head.index("<details class=parameters") :]).text
+
+
+def test_parameters_other_than_by_default_are_told_with_their_meaning(root):
+    changed = record("repetition_compare", clusters=9, shown=4)
+    head = display.page_of(changed, Annotated.of(root)).cells[1].source
+    assert "4 parameters, 1 other than by default: clusters" in head
+    row = next(part for part in head.split("<tr") if "<code>clusters</code>" in part)
+    for word in ("class=changed", "<code>9</code>", "<td>8</td>", "of the MAUVE-like divergence"):
+        assert word in row
+
+
+def test_a_comment_behind_a_parameter_counts_before_those_above_it():
+    text = "# whole\na:\n  # above\n  # it\n  x: 1\n  y: ???  # behind\n  z: ${a.x}\n\nb:\n  x: [1, 2]   # other\n"
+    assert comments(text) == {"a": {"x": "above it", "y": "behind", "z": ""}, "b": {"x": "other"}}
+
+
+def test_stages_of_one_name_are_one_box_and_what_goes_without_saying_is_not_drawn():
+    stages = [("a", []), ("b@1", ["a"]), ("b@2", ["a"]), ("c", ["a", "b@1", "b@2"])]
+    edges, counts = graph.of_pipeline(stages)
+    assert edges == [("a", "b"), ("b", "c")]
+    assert counts == {"a": 1, "b": 2, "c": 1}
+    picture = graph.svg(edges, counts, {"b": "records/b.html"})
+    read = Reader(picture.replace("/>", "></rect>").replace("<path", "<rect"))
+    assert "b × 2" in read.text
+    assert ("a", {"href": "records/b.html"}) in read.tags
+
+
+def test_every_stage_of_the_pipeline_is_drawn_apart_from_the_others(root):
+    edges, counts = graph.of_pipeline(graph.stages_of(root))
+    assert ("sae", "sae_compare") in edges
+    assert ("corpus", "sae_compare") not in edges
+    places = graph.layout(edges, counts)
+    assert set(places) == set(counts)
+    several = list(places.values())
+    for i, (x, y) in enumerate(several):
+        for u, v in several[:i]:
+            assert abs(x - u) >= graph.WIDTH or abs(y - v) >= graph.HEIGHT
+    for before, after in edges:
+        assert places[before][1] < places[after][1]
+
+
+def test_a_failed_record_is_not_rendered(root, tmp_path):
+    failed = record("corpus")
+    failed.record.metadata["trimtab"]["status"] = "failed"
+    with pytest.raises(InputError, match=r"corpus\.ipynb is the record of a failed run"):
+        render(root, tmp_path / "site", [failed])
+    assert not (tmp_path / "site").exists()
+
+
+def test_a_page_that_does_not_render_is_an_error_and_loses_nothing(root, tmp_path):
+    broken = record("corpus")
+    broken.record.cells[2].source = "```{nonsense}\n```"
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/index.html").write_text("the old one")
+    with pytest.raises(InputError, match="nonsense"):
+        render(root, tmp_path / "site", [broken])
+    assert Path(tmp_path / "site/index.html").read_text() == "the old one"
+    assert HOSTILE
