@@ -69,7 +69,7 @@ def site(
 ) -> None:
     """Render the records as a static site, to be read without a network."""
     from trimtab.pipeline.report import current_records
-    from trimtab.site.build import build
+    from trimtab.pipeline.site.build import build
 
     root = _root()
     build(root, root / out, current_records(root))

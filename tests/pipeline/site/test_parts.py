@@ -6,9 +6,9 @@ import pytest
 
 from tests.pages import HOSTILE, Reader
 from trimtab.errors import InputError
-from trimtab.site import display, graph
-from trimtab.site.build import render
-from trimtab.site.parameters import Annotated, comments
+from trimtab.pipeline.site import display, graph
+from trimtab.pipeline.site.build import render
+from trimtab.pipeline.site.parameters import Annotated, comments
 
 from .conftest import LONG, record
 

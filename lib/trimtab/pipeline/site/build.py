@@ -10,7 +10,7 @@ from typing import Any
 from trimtab.errors import InputError
 from trimtab.files import atomic
 from trimtab.pipeline.archive import Filed, find
-from trimtab.site.pages import write_pages
+from trimtab.pipeline.site.pages import write_pages
 
 STATIC = Path(__file__).parent / "static"
 SETTINGS: dict[str, Any] = {

@@ -13,7 +13,7 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_outp
 from tests.pages import HOSTILE
 from trimtab.pipeline.archive import Filed
 from trimtab.pipeline.records import FORMAT
-from trimtab.site.build import render
+from trimtab.pipeline.site.build import render
 
 PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 CLAIM = {

@@ -8,9 +8,9 @@ import nbformat
 
 from trimtab.claims import Verdict
 from trimtab.pipeline.archive import Filed
-from trimtab.site import graph
-from trimtab.site.display import badge, interval, page_of
-from trimtab.site.parameters import Annotated
+from trimtab.pipeline.site import graph
+from trimtab.pipeline.site.display import badge, interval, page_of
+from trimtab.pipeline.site.parameters import Annotated
 
 PAPERS = {
     "steering": "Steering LLM Reasoning Through Bias-Only Adaptation",

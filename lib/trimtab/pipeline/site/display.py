@@ -12,7 +12,7 @@ from nbformat.v4 import new_markdown_cell
 from trimtab.claims import Verdict, verdict_table
 from trimtab.markup import escaped, visible
 from trimtab.pipeline.archive import Filed
-from trimtab.site.parameters import Annotated
+from trimtab.pipeline.site.parameters import Annotated
 
 LONGEST_LINE = 2_000
 """Characters of a line of an output that are shown."""
