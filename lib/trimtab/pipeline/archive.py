@@ -63,6 +63,14 @@ class Filed:
         return NotebookNode({**self.record, "cells": kept, "metadata": NotebookNode()})
 
 
+def effect_of(verdict: Verdict) -> str:
+    """Effect and interval, as `0.396 (0.275 to 0.517)`."""
+    if verdict.low is None and verdict.high is None:
+        return f"{verdict.effect:.3g} (unbounded)"
+    low, high = ("unbounded" if each is None else f"{each:.3g}" for each in (verdict.low, verdict.high))
+    return f"{verdict.effect:.3g} ({low} to {high})"
+
+
 def find(root: Path, given: str) -> Filed:
     """The record that is asked for: the path of a file, a name as `sae/topk-8`, or `REVISION:NAME` as at a commit.
 

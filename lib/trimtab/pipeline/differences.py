@@ -12,7 +12,7 @@ from rich.text import Text
 
 from trimtab.claims import Verdict
 from trimtab.markup import visible
-from trimtab.pipeline.archive import Filed
+from trimtab.pipeline.archive import Filed, effect_of
 
 ABSENT = "·"
 """In place of what one of the two has not."""
@@ -150,8 +150,7 @@ def _text(change: Change) -> str:
 def _verdict(verdict: Verdict | None) -> str:
     if verdict is None:
         return ABSENT
-    low, high = ("unbounded" if each is None else f"{each:.3g}" for each in (verdict.low, verdict.high))
-    return f"{verdict.outcome}: {verdict.effect:.3g} ({low} to {high}), {verdict.rule}"
+    return f"{verdict.outcome}: {effect_of(verdict)}, {verdict.rule}"
 
 
 def _value(value: Any) -> str:

@@ -63,10 +63,8 @@ def diff(
     from trimtab.pipeline.differences import Difference, page, render
 
     root = project_root()
-    before, after = (record, other) if other else (f"HEAD:{record}", record)
-    if other is None and ":" in record:
-        after = record.rpartition(":")[2]
-        before = record
+    name = record.rpartition(":")[2]
+    before, after = (record, other) if other else (record if ":" in record else f"HEAD:{record}", name)
     difference = Difference(find(root, before), find(root, after))
     if html:
         from trimtab.files import atomic

@@ -9,7 +9,7 @@ import nh3
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from trimtab.claims import Verdict, verdict_table
+from trimtab.claims import verdict_table
 from trimtab.markup import escaped, visible
 from trimtab.pipeline.archive import Filed
 from trimtab.pipeline.site.parameters import Annotated
@@ -33,12 +33,11 @@ STYLES = {
     ),
 }
 """What an output may say of its looks; none of them moves it out of its place."""
-_ADDED = {"provenance", "failure", "parameters", "injected-parameters"}
 
 
 def page_of(filed: Filed, annotated: Annotated) -> NotebookNode:
     """The notebook that the site's builder renders."""
-    title, *cells = [cell for cell in filed.record.cells if not _ADDED & set(cell.metadata.get("tags", []))]
+    title, *cells = [cell for cell in filed.cells().cells if "parameters" not in cell.metadata.get("tags", [])]
     head = new_markdown_cell("\n\n".join(_head(filed, annotated)))
     notebook = nbformat.v4.new_notebook(cells=[title, head, *map(_cell, cells)])
     notebook.metadata = nbformat.from_dict({"kernelspec": filed.record.metadata["kernelspec"]})
@@ -48,14 +47,6 @@ def page_of(filed: Filed, annotated: Annotated) -> NotebookNode:
 def badge(outcome: str) -> str:
     """A verdict, coloured, and readable without colours."""
     return f'<span class="verdict {outcome.replace(" ", "-")}">{outcome}</span>'
-
-
-def interval(verdict: Verdict) -> str:
-    """Effect and interval, as `0.396 (0.275 to 0.517)`."""
-    if verdict.low is None and verdict.high is None:
-        return f"{verdict.effect:.3g} (unbounded)"
-    low, high = ("unbounded" if each is None else f"{each:.3g}" for each in (verdict.low, verdict.high))
-    return f"{verdict.effect:.3g} ({low} to {high})"
 
 
 def _head(filed: Filed, annotated: Annotated) -> list[str]:
@@ -128,7 +119,7 @@ def _shown(kind: str, data: str) -> str:
         "td": {"colspan"},
         "th": {"colspan"},
     }
-    data = _kept(visible(data).replace("↵", "\n").replace("⇥", "\t"))
+    data = _kept("\n".join(map(_seen, data.split("\n"))))
     # Nothing that loads or leads: pictures are outputs of their own.
     tags = nh3.ALLOWED_TAGS - {"a", "area", "img", "map"}
     return nh3.clean(data, tags=tags, attributes=attributes, filter_style_properties=STYLES)
@@ -138,8 +129,12 @@ def _text(text: str) -> str:
     return _kept("\n".join(map(_line, text.split("\n"))))
 
 
+def _seen(line: str) -> str:
+    return visible(line).replace("⇥", "\t")
+
+
 def _line(line: str) -> str:
-    shown = visible(line[:LONGEST_LINE]).replace("⇥", "\t")
+    shown = _seen(line[:LONGEST_LINE])
     return shown if len(line) <= LONGEST_LINE else f"{shown} … {len(line) - LONGEST_LINE:,} characters more"
 
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import nbformat
 
 from trimtab.claims import Verdict
-from trimtab.pipeline.archive import Filed
+from trimtab.pipeline.archive import Filed, effect_of
 from trimtab.pipeline.site import graph
-from trimtab.pipeline.site.display import badge, interval, page_of
+from trimtab.pipeline.site.display import badge, page_of
 from trimtab.pipeline.site.parameters import Annotated
 
 PAPERS = {
@@ -59,7 +59,7 @@ def _index(records: Sequence[Filed]) -> Iterator[str]:
         yield "|---|---|---|---|---|---|---|"
         for each, verdict in own:
             yield (
-                f"| {verdict.text} | {badge(verdict.outcome)} | {interval(verdict)} | {verdict.rule} "
+                f"| {verdict.text} | {badge(verdict.outcome)} | {effect_of(verdict)} | {verdict.rule} "
                 f"| {verdict.statistic} | {verdict.n} | [{each.label}](records/{each.label}.ipynb) |"
             )
         yield "\n:::\n"
