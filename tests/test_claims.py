@@ -9,8 +9,8 @@ from scipy import stats
 from trimtab.claims import Claim, over_seeds, ratio_terms, seeds_and_groups, verdict_table
 from trimtab.errors import InputError
 
-ABOVE = Claim("a", "more", "gain", "above", 0.0)
-BELOW = Claim("b", "less", "loss", "below", 0.05)
+ABOVE = Claim("a", "more", "gain", "above", 0.0, "none")
+BELOW = Claim("b", "less", "loss", "below", 0.05, "none")
 
 
 @pytest.mark.parametrize(

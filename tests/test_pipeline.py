@@ -84,7 +84,8 @@ STAGES += ["steering_controls", "steering_compare", "steering_lens"]
 STAGES += [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid", "conv")]
 STAGES += ["mqar", "pretrain_text", "pretrain_compare"]
 STAGES += [f"repetition@{arm}" for arm in ("untrained", "unlikelihood", "implicit")] + ["repetition_compare"]
-"""All between `corpus` and `report`."""
+"""All between `corpus` and those that show records."""
+LAST = ["report", "site"]
 
 
 @pytest.fixture(scope="module")
@@ -96,8 +97,8 @@ def smoke(tmp_path_factory) -> Path:
     identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
     subprocess.run(["git", *identity, "commit", "--quiet", "--all", "-m", "one thread"], cwd=target, check=True)
     stages = ran(repro(target))
-    assert (stages[:2], stages[-1]) == (["fetch", "corpus"], "report")
-    assert sorted(stages[2:-1]) == sorted(STAGES)
+    assert (stages[:2], stages[-2:]) == (["fetch", "corpus"], LAST)
+    assert sorted(stages[2:-2]) == sorted(STAGES)
     return target
 
 
@@ -106,6 +107,7 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
         assert read_record(smoke / f"records/{name}.ipynb").metadata.trimtab.status == "complete"
         assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
+        assert (smoke / f"site/records/{name}.html").is_file()
     page = (smoke / "records/README.md").read_text()
     assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 35
 
@@ -141,11 +143,11 @@ def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke)
     old = set_parameter(smoke, "activations_random", "train_tokens", 5000)
     stages = ran(repro(smoke))
     random = ["sae_random@hierarchical-64", "sae_random@topk-64"]
-    assert sorted(stages[:-1]) == ["activations_random", "sae_interpret", "sae_probe", *random]
-    assert stages[-1] == "report"
+    assert sorted(stages[:-2]) == ["activations_random", "sae_interpret", "sae_probe", *random]
+    assert stages[-2:] == LAST
     set_parameter(smoke, "activations_random", "train_tokens", old)
     output = repro(smoke)
-    assert ran(output) == ["report"], output  # its page is committed, not cached; no notebook ran
+    assert ran(output) == LAST, output  # the page is committed, not cached; no notebook ran
     assert output.count("is cached - skipping run") == 5
 
 

@@ -26,6 +26,8 @@ class Claim:
     """What is measured, and its unit."""
     direction: Literal["below", "above"]
     threshold: float
+    control: str
+    """What is measured beside it and would show the effect as well, were it an artefact."""
 
     def judge(self, effect: float, low: float, high: float, n: str) -> "Verdict":
         """Held where the whole 95 % interval [low, high] is on the claimed side, not held where all of it is on the
@@ -37,7 +39,7 @@ class Claim:
         outcome: Outcome = "held" if claimed else "not held" if opposed else "inconclusive"
         rule = f"{self.direction} {self.threshold:g}"
         lowest, highest = (value if np.isfinite(value) else None for value in (low, high))
-        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, lowest, highest, n)
+        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, lowest, highest, n, self.control)
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Verdict:
     """None: unbounded, as JSON has no infinity."""
     high: float | None
     n: str
+    control: str = ""
+    """Empty in early records."""
 
 
 def seeds_and_groups(
@@ -106,9 +110,10 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
     """A Markdown table, one row a claim."""
-    head = "| claim | verdict | statistic | effect | 95 % interval | held if | n |\n|---|---|---|---|---|---|---|"
-    rows = []
+    columns = ("claim", "verdict", "statistic", "effect", "95 % interval", "held if", "n", "control")
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for v in verdicts:
         interval = "unbounded" if v.low is None or v.high is None else f"{v.low:.3g} to {v.high:.3g}"
-        rows.append(f"| {v.text} | **{v.outcome}** | {v.statistic} | {v.effect:.3g} | {interval} | {v.rule} | {v.n} |")
-    return "\n".join([head, *rows])
+        found = f"**{v.outcome}** | {v.statistic} | {v.effect:.3g} | {interval} | {v.rule} | {v.n} | {v.control}"
+        rows.append(f"| {v.text} | {found} |")
+    return "\n".join(rows)

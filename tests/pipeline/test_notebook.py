@@ -72,7 +72,7 @@ def test_two_runs_of_the_same_work_do_not_share_a_resume_folder(stage, project):
 
 
 def test_finish_writes_results_and_drops_scratch(stage, project):
-    verdict = Claim("c", "text", "statistic", "above", 0.0).judge(0.123456789, 0.1, 0.2, "3 seeds")
+    verdict = Claim("c", "text", "statistic", "above", 0.0, "chance").judge(0.123456789, 0.1, 0.2, "3 seeds")
     work = stage.resume_folder("x")
     stage.finish("data/results/toy.json", {"fvu": {"k=1": 0.123456789}, "n": 3}, [verdict], discard=[work])
     written = json.loads((project / "data/results/toy.json").read_text())

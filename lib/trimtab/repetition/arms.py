@@ -33,9 +33,9 @@ class Mix:
             raise InputError(f"Shares of updates must be at least 0 and together 1, not {dict(self.shares)}.")
 
     def schedule(self, updates: int, seed: int) -> list[Kind]:
-        """The kind of every update: as many of each as its share says, to within one (by the largest remainders), each
-        spread evenly over the run from a random start. Were they drawn one by one, or in any order, short runs would
-        differ by the luck of which kind came as well while the learning rate was high."""
+        """The kind of every update. Each kind gets its share of them, rounded by largest remainders, and is spread
+        evenly over the run from a random start: drawn one by one, a short run would depend on which kind happened to
+        come while the learning rate was still high."""
         exact = {kind: share * updates for kind, share in self.shares.items()}
         counts = {kind: int(value) for kind, value in exact.items()}
         by_remainder = sorted(exact, key=lambda kind: counts[kind] - exact[kind])

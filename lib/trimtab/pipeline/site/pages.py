@@ -55,12 +55,12 @@ def _index(records: Sequence[Filed]) -> Iterator[str]:
         own = [(each, verdict) for each, verdict in verdicts if paper_of(each.label) == title]
         yield f"### {title}\n\n{_counted([verdict for _, verdict in own])}.\n"
         yield ":::{container} wide\n"
-        yield "| claim | verdict | effect (95 %) | held if | what is compared | over | record |"
-        yield "|---|---|---|---|---|---|---|"
+        yield "| claim | verdict | effect (95 %) | held if | what is compared | over | control | record |"
+        yield "|---|---|---|---|---|---|---|---|"
         for each, verdict in own:
             yield (
-                f"| {verdict.text} | {badge(verdict.outcome)} | {effect_of(verdict)} | {verdict.rule} "
-                f"| {verdict.statistic} | {verdict.n} | [{each.label}](records/{each.label}.ipynb) |"
+                f"| {verdict.text} | {badge(verdict.outcome)} | {effect_of(verdict)} | {verdict.rule} | "
+                f"{verdict.statistic} | {verdict.n} | {verdict.control} | [{each.label}](records/{each.label}.ipynb) |"
             )
         yield "\n:::\n"
     for title in dict.fromkeys(paper_of(each.label) for each in records):
