@@ -35,8 +35,10 @@ site: .venv/installed         ## the records as a static site, in site/
 serve: site                   ## the same on http://localhost:8000, for this machine alone
 	python -m http.server --bind 127.0.0.1 --directory site 8000
 
-lab: .venv/installed          ## JupyterLab on the notebooks
-	jupyter lab
+lab: .venv/installed          ## JupyterLab, opened where to start; commits leave outputs of source notebooks out
+	-pre-commit install
+	jupyter labextension disable --level=sys_prefix @jupyterlab/apputils-extension:announcements  # they ask the network
+	jupyter lab --LabApp.default_url=/lab/tree/notebooks/explore/start.ipynb
 
 bench: .venv/installed .venv-peers/installed        ## side-by-side measurements; each writes the CSV beside it
 	for script in benchmarks/*.py; do python $$script || exit 1; done

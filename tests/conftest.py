@@ -13,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as in the pipeline; in a not
 if not torch.cuda.is_available():  # before anything imports Triton, as transformers does where it is installed
     os.environ["TRITON_INTERPRET"] = "1"
 
+import shutil
 from pathlib import Path
 
 import polars as pl
@@ -31,13 +32,33 @@ ROOT = Path(__file__).parents[1]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The pipeline's tests take minutes: first, so that one worker runs them while the other runs the rest."""
-    items.sort(key=lambda item: item.get_closest_marker("pipeline") is None)
+    """The pipeline's tests take minutes: first, so that one worker runs them while the other runs the rest; last what
+    starts from the pipeline's results."""
+    items.sort(key=lambda item: (_has(item, "after_pipeline"), not _has(item, "pipeline")))
+
+
+def _has(item: pytest.Item, marker: str) -> bool:
+    return item.get_closest_marker(marker) is not None
 
 
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def browser():
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("needs a browser: install Chromium (Debian: apt install chromium)")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        options = ["--no-sandbox", "--disable-dev-shm-usage"]
+        running = playwright.chromium.launch(executable_path=program, args=options, timeout=300_000)
+        yield running
+        running.close()
 
 
 @pytest.fixture(scope="session")

@@ -6,54 +6,18 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
-import nbformat
 import pytest
 import torch
-import yaml
-from nbclient import NotebookClient
 
+from tests.smoke import LAST, environment, made, ran, repro, set_parameter, stages
 from trimtab.pipeline.records import read_record
-from trimtab.pipeline.scales import copy_project
 from trimtab.pretrained import load_model, load_tokenizer
 
 pytestmark = pytest.mark.pipeline
-ROOT = Path(__file__).parents[1]
-
-
-def environment(project: Path) -> dict[str, str]:
-    """This environment's programs, and the copy's own library."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    return {**os.environ, "PATH": path, "PYTHONPATH": str(project / "lib")}
-
-
-def repro(project: Path, *arguments: str, succeeds: bool = True) -> str:
-    done = subprocess.run(
-        ["dvc", "repro", *arguments],
-        cwd=project,
-        env=environment(project),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode == 0) == succeeds, done.stdout
-    return done.stdout
-
-
-def contents(project: Path) -> dict[Path, tuple[int, int]]:
-    """Size and time of every file that is the pipeline's."""
-    found = [project / "dvc.lock", *project.glob("data/**/*"), *project.glob("records/**/*")]
-    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found if path.is_file()}
-
-
-def ran(output: str) -> list[str]:
-    return [line.split("'")[1] for line in output.splitlines() if line.startswith("Running stage")]
 
 
 def kernels_in(project: Path) -> list[int]:
@@ -67,49 +31,26 @@ def kernels_in(project: Path) -> list[int]:
     return found
 
 
-def set_parameter(project: Path, section: str, key: str, value: object) -> object:
-    path = project / "params.yaml"
-    content = yaml.safe_load(path.read_text())
-    before, content[section][key] = content[section][key], value
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return before
-
-
-NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
-STAGES = [f"sae@{arm}" for arm in ("topk-64", "hierarchical-64")]
-STAGES += ["sae_random@topk-64", "sae_random@hierarchical-64", "activations", "activations_random"]
-STAGES += ["sae_compare", "sae_splice", "sae_interpret", "sae_probe", "sae_features"]
-STAGES += [f"steering@{arm}" for arm in ("steering", "steering-last", "steering-layer14", "full")]
-STAGES += ["steering_controls", "steering_compare", "steering_lens"]
-STAGES += [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid", "conv")]
-STAGES += ["mqar", "pretrain_text", "pretrain_compare"]
-STAGES += [f"repetition@{arm}" for arm in ("untrained", "unlikelihood", "implicit")] + ["repetition_compare"]
-"""All between `corpus` and those that show records."""
-LAST = ["report", "site"]
-
-
 @pytest.fixture(scope="module")
-def smoke(tmp_path_factory) -> Path:
+def smoke(tmp_path_factory, pytestconfig) -> Path:
     """A clean copy in which `dvc repro` has just run everything."""
-    target = tmp_path_factory.mktemp("smoke") / "project"
-    copy_project(ROOT, target, "smoke")
-    set_parameter(target, "base", "threads", 1)  # the tests run two things side by side
-    identity = ["-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost"]
-    subprocess.run(["git", *identity, "commit", "--quiet", "--all", "-m", "one thread"], cwd=target, check=True)
-    stages = ran(repro(target))
-    assert (stages[:2], stages[-2:]) == (["fetch", "corpus"], LAST)
-    assert sorted(stages[2:-2]) == sorted(STAGES)
-    return target
+    return made(tmp_path_factory, pytestconfig)[0]
 
 
 def test_every_stage_leaves_a_complete_record_and_results(smoke):
-    for name in ("corpus", *(stage.replace("@", "/") for stage in STAGES)):
+    names = [name.replace("@", "/") for name in stages(smoke) if name not in ("fetch", *LAST)]
+    assert len(names) > 30
+    verdicts = 0
+    for name in names:
         assert read_record(smoke / f"records/{name}.ipynb").metadata.trimtab.status == "complete"
-        assert json.loads((smoke / f"data/results/{name}.json").read_text())["metrics"]
+        results = json.loads((smoke / f"data/results/{name}.json").read_text())
+        assert results["metrics"]
+        verdicts += len(results["claims"])
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
         assert (smoke / f"site/records/{name}.html").is_file()
     page = (smoke / "records/README.md").read_text()
-    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == 35
+    assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == verdicts
+    assert verdicts > 30
 
 
 def test_a_second_repro_runs_nothing(smoke):
@@ -141,14 +82,20 @@ def test_git_sees_only_what_is_meant_to_be_committed(smoke):
 
 def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke):
     old = set_parameter(smoke, "activations_random", "train_tokens", 5000)
-    stages = ran(repro(smoke))
+    order = ran(repro(smoke))
     random = ["sae_random@hierarchical-64", "sae_random@topk-64"]
-    assert sorted(stages[:-2]) == ["activations_random", "sae_interpret", "sae_probe", *random]
-    assert stages[-2:] == LAST
+    assert sorted(order[:-2]) == ["activations_random", "sae_interpret", "sae_probe", *random]
+    assert order[-2:] == LAST
     set_parameter(smoke, "activations_random", "train_tokens", old)
     output = repro(smoke)
     assert ran(output) == LAST, output  # the page is committed, not cached; no notebook ran
     assert output.count("is cached - skipping run") == 5
+
+
+def test_a_new_experiment_runs_as_it_stands_and_is_reported(smoke):
+    subprocess.run(["trimtab", "new", "word_use"], cwd=smoke, env=environment(smoke), check=True)
+    assert ran(repro(smoke)) == ["word_use", *LAST]
+    assert "A block of text has fewer distinct tokens" in (smoke / "records/README.md").read_text()
 
 
 def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
@@ -164,30 +111,6 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
     with torch.inference_mode():
         loss = model(ids, labels=ids).loss
     assert loss.exp().item() == pytest.approx(28.27, rel=0.01)
-
-
-@pytest.fixture(scope="module")
-def by_hand(smoke) -> dict[str, Future]:
-    """Every notebook as in JupyterLab: in its own folder, with its own defaults; its outputs. Two at a time, for the
-    other tests are mostly done by now. The limit is for cells that hang: how long one takes is the machine's affair."""
-
-    def run(path: Path) -> nbformat.NotebookNode:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(smoke / "notebooks")}})
-        return client.execute()
-
-    before = contents(smoke)
-    with ThreadPoolExecutor(2) as pool:
-        runs = {path.stem: pool.submit(run, path) for path in NOTEBOOKS}
-    changed = {path for path, _ in contents(smoke).items() ^ before.items()}
-    assert not changed, "a notebook run by hand left its trace in the pipeline's data"
-    return runs
-
-
-@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
-def test_source_notebooks_run_by_hand_from_their_own_defaults(by_hand, name):
-    code = [cell for cell in by_hand[name].result().cells if cell.cell_type == "code"]
-    assert all(cell.execution_count for cell in code), "a cell was not run"
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):

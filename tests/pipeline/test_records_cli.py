@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import nbformat
 import pytest
@@ -19,8 +20,9 @@ from tests.pages import HOSTILE, Reader
 from trimtab.errors import InputError
 from trimtab.pipeline.archive import find
 from trimtab.pipeline.cli import app
-from trimtab.pipeline.conditions import conditions
+from trimtab.pipeline.conditions import State, conditions
 from trimtab.pipeline.differences import Difference, page, render
+from trimtab.pipeline.overview import COLOURS, picture, sources_of, table
 from trimtab.pipeline.records import FORMAT, read_record
 
 PARAMETERS = 'lr: float = 0.1\nfails: bool = False\nout: str = "out"\nresults: str = "results.json"'
@@ -286,3 +288,23 @@ def test_what_is_not_there_is_named(project):
         find(project, "HEAD~1:toy")
     with pytest.raises(InputError, match="HEAD has no record 'nothing'"):
         find(project, "HEAD:nothing")
+
+
+def test_the_overview_is_the_same_from_any_folder_and_tells_what_is_to_be_done(project, monkeypatch):
+    (project / "elsewhere").mkdir()
+    monkeypatch.chdir(project / "elsewhere")
+    assert [each.stage for each in conditions(project)] == ["toy"]
+    assert sources_of(project) == {"toy": "notebooks/toy.ipynb"}
+    shown = table(project, conditions(project))
+    read = Reader(shown)
+    assert ("a", {"href": "../../records/toy.ipynb"}) in read.tags
+    assert ("a", {"href": "../../notebooks/toy.ipynb"}) in read.tags
+    assert "fresh" in read.text
+    assert "dvc repro" not in read.text
+    assert 'class="box fresh"' in picture(project, conditions(project))
+    set_parameters(project, lr=0.75)
+    stale = conditions(project)
+    assert "dvc repro toy" in Reader(table(project, stale)).text
+    assert "section toy modified" in Reader(table(project, stale)).text
+    assert 'class="box stale"' in picture(project, stale)
+    assert set(COLOURS) == set(get_args(State)), "a state has no colour"

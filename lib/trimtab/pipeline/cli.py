@@ -1,4 +1,4 @@
-"""The command line: run a notebook as a stage, fetch inputs, report, look into records, compose a scale, copy."""
+"""The command line: run a notebook as a stage, fetch inputs, report, look into records, compose a scale, copy, add."""
 
 import sys
 from pathlib import Path
@@ -97,6 +97,19 @@ def copy(
     from trimtab.pipeline.scales import copy_project
 
     copy_project(_root(), target, scale)
+
+
+@app.command()
+def new(
+    name: Annotated[str, typer.Argument(help="Of notebook, section and stage: small letters, digits and _.")],
+) -> None:
+    """Add an experiment: notebook, section, stage and test, from a template that runs as it stands."""
+    from trimtab.pipeline.new import add_experiment
+
+    root = _root()
+    for path in add_experiment(root, name):
+        typer.echo(path.relative_to(root))
+    typer.echo(f"It runs as it stands: dvc repro {name}. Now make notebooks/{name}.ipynb your own.")
 
 
 def main() -> None:

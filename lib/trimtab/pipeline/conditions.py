@@ -1,6 +1,7 @@
 """The state of every stage: whether its record still says what dvc.lock says, and dvc.lock what the sources say."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +35,7 @@ def conditions(root: Path) -> list[Condition]:
     from dvc.repo import Repo
 
     locked = _locked(root)
-    with Repo(str(root)) as repo:
+    with chdir(root), Repo(str(root)) as repo:  # DVC names stages and files as seen from the working directory
         try:
             changed = repo.status()
         except LockError:

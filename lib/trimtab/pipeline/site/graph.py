@@ -3,6 +3,7 @@
 import html
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import chdir
 from pathlib import Path
 
 WIDTH, HEIGHT, GAP_X, GAP_Y = 150, 40, 26, 46
@@ -15,7 +16,7 @@ def stages_of(root: Path) -> list[tuple[str, list[str]]]:
     """Every stage of the pipeline, as DVC names it, with those whose outputs it reads."""
     from dvc.repo import Repo
 
-    with Repo(str(root)) as repo:
+    with chdir(root), Repo(str(root)) as repo:  # DVC names stages as seen from the working directory
         stages = [stage for stage in repo.index.stages if stage.name not in RENDERING]
         made = {Path(out.fs_path): stage.addressing for stage in stages for out in stage.outs}
         read = [(s.addressing, [Path(dep.fs_path) for dep in s.deps if dep.protocol == "local"]) for s in stages]
@@ -65,8 +66,14 @@ def layout(edges: Sequence[tuple[str, str]], names: Mapping[str, int]) -> dict[s
     return places
 
 
-def svg(edges: Sequence[tuple[str, str]], counts: Mapping[str, int], links: Mapping[str, str]) -> str:
-    """A picture with no script in it; `links`: where a box leads."""
+def svg(
+    edges: Sequence[tuple[str, str]],
+    counts: Mapping[str, int],
+    links: Mapping[str, str],
+    kinds: Mapping[str, str] | None = None,
+) -> str:
+    """A picture with no script in it; `links`: where a box leads, `kinds`: a CSS class for a box."""
+    kinds = kinds or {}
     places = layout(edges, counts)
     lines = []
     for a, b in edges:
@@ -74,7 +81,7 @@ def svg(edges: Sequence[tuple[str, str]], counts: Mapping[str, int], links: Mapp
         y1, y2 = y1 + HEIGHT / 2, y2 - HEIGHT / 2
         middle = (y1 + y2) / 2
         lines.append(f'<path d="M{x1:.0f},{y1:.0f} C{x1:.0f},{middle:.0f} {x2:.0f},{middle:.0f} {x2:.0f},{y2:.0f}"/>')
-    boxes = [_box(name, places[name], counts[name], links.get(name)) for name in counts]
+    boxes = [_box(name, places[name], counts[name], links.get(name), kinds.get(name, "")) for name in counts]
     width, height = (max(place[axis] for place in places.values()) for axis in (0, 1))
     return (
         f'<svg class="pipeline" viewBox="0 0 {width + WIDTH / 2 + 2:.0f} {height + HEIGHT / 2 + 2:.0f}" role="img" '
@@ -82,11 +89,12 @@ def svg(edges: Sequence[tuple[str, str]], counts: Mapping[str, int], links: Mapp
     )
 
 
-def _box(name: str, place: tuple[float, float], count: int, link: str | None) -> str:
+def _box(name: str, place: tuple[float, float], count: int, link: str | None, kind: str) -> str:
     x, y = place
     label = html.escape(name) + (f" × {count}" if count > 1 else "")
+    left, top, kinds = x - WIDTH / 2, y - HEIGHT / 2, f"box {kind}".strip()
     box = (
-        f'<g class="box"><rect x="{x - WIDTH / 2:.0f}" y="{y - HEIGHT / 2:.0f}" width="{WIDTH}" height="{HEIGHT}" '
-        f'rx="6"/><text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle">{label}</text></g>'
+        f'<g class="{kinds}"><rect x="{left:.0f}" y="{top:.0f}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
+        f'<text x="{x:.0f}" y="{y + 5:.0f}" text-anchor="middle">{label}</text></g>'
     )
     return f'<a href="{html.escape(link)}">{box}</a>' if link else box

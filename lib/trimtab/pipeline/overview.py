@@ -1,0 +1,80 @@
+"""The pipeline at a glance, for the notebook that a user starts with: its map, coloured by state, and its stages."""
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from trimtab.pipeline.conditions import Condition, State
+from trimtab.pipeline.site.graph import RENDERING, of_pipeline, stages_of, svg
+
+COLOURS: dict[State, str] = {
+    "fresh": "#0072B2",
+    "stale": "#E69F00",
+    "never run": "#999999",
+    "missing": "#999999",
+    "failed": "#D55E00",
+    "altered": "#D55E00",
+}
+"""Of boxes and of words, least urgent first."""
+
+
+def picture(root: Path, found: Sequence[Condition]) -> str:
+    """The map as HTML; a box for stages of one name has the colour of the most urgent."""
+    edges, counts = of_pipeline(stages_of(root))
+    urgency = list(COLOURS)
+    worst: dict[str, State] = {}
+    for each in found:
+        name = each.stage.partition("@")[0]
+        worst[name] = max(worst.get(name, "fresh"), each.state, key=urgency.index)
+    rules = [
+        ".overview svg {width: 100%}",
+        ".overview path {fill: none; stroke: #888; stroke-width: 1.2}",
+        ".overview text {fill: #fff; font: 15px sans-serif}",
+        *(f".overview .{_class(state)} rect {{fill: {colour}}}" for state, colour in COLOURS.items()),
+    ]
+    drawn = svg(edges, counts, {}, {name: _class(state) for name, state in worst.items()})
+    return f'<style>{" ".join(rules)}</style><div class="overview">{drawn}</div>'
+
+
+def table(root: Path, found: Sequence[Condition], above: str = "../../") -> str:
+    """Every stage as a row of HTML: its state and what is to be done, and links to its notebook and to its record.
+    `above`: from the reader's folder to the repository's root."""
+    sources = sources_of(root)
+    rows = []
+    for each in found:
+        name = each.stage.partition("@")[0]
+        state = f'<b style="color: {COLOURS[each.state]}; white-space: nowrap">{each.state}</b>'
+        links = [_link(above, sources[name], "notebook")] if name in sources else []
+        if each.record and (root / f"records/{each.record}.ipynb").is_file():
+            links.append(_link(above, f"records/{each.record}.ipynb", "record"))
+        cells = (f"<code>{html.escape(each.stage)}</code>", state, " · ".join(links), _what(each))
+        rows.append("".join(f'<td style="text-align: left">{cell}</td>' for cell in cells))
+    head = "".join(f'<th style="text-align: left">{name}</th>' for name in ("stage", "state", "open", "to be done"))
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def sources_of(root: Path) -> dict[str, str]:
+    """Of each stage, without the part behind @, the notebook that it runs."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        pairs = [(stage.name.partition("@")[0], stage.cmd.split()) for stage in repo.index.stages]
+    return {name: words[2] for name, words in pairs if words[:2] == ["trimtab", "run"]}
+
+
+def _what(each: Condition) -> str:
+    if each.state == "fresh":
+        return ""
+    command = f"dvc repro {each.stage}" if each.stage not in RENDERING else "dvc repro"
+    told = () if each.state == "never run" else each.reasons
+    reasons = html.escape("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
+    return f'<code style="white-space: nowrap">{html.escape(command)}</code> &nbsp; {reasons}'
+
+
+def _link(above: str, path: str, text: str) -> str:
+    return f'<a href="{html.escape(above + path)}">{text}</a>'
+
+
+def _class(state: str) -> str:
+    return state.replace(" ", "-")

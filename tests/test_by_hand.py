@@ -1,0 +1,38 @@
+"""Every source notebook as a user of JupyterLab runs it: in its own folder, with its own quick defaults."""
+
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+from tests.smoke import ROOT, contents, made
+
+pytestmark = pytest.mark.after_pipeline
+NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
+
+
+@pytest.fixture(scope="module")
+def by_hand(tmp_path_factory, pytestconfig) -> dict[str, Future]:
+    """The executed notebooks, by name. Two at a time, for the other tests are mostly done by now. The limit is for
+    cells that hang: how long one takes is the machine's affair."""
+    project = made(tmp_path_factory, pytestconfig)[1]
+
+    def run(path: Path) -> nbformat.NotebookNode:
+        notebook = nbformat.read(path, as_version=4)
+        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project / "notebooks")}})
+        return client.execute()
+
+    before = contents(project)
+    with ThreadPoolExecutor(2) as pool:
+        runs = {path.stem: pool.submit(run, path) for path in NOTEBOOKS}
+    changed = {path for path, _ in contents(project).items() ^ before.items()}
+    assert not changed, "a notebook run by hand left its trace in the pipeline's data"
+    return runs
+
+
+@pytest.mark.parametrize("name", [path.stem for path in NOTEBOOKS])
+def test_source_notebooks_run_by_hand_from_their_own_defaults(by_hand, name):
+    code = [cell for cell in by_hand[name].result().cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code), "a cell was not run"
