@@ -5,6 +5,7 @@ process killed at any moment leaves the old file or the new one; of a folder, wh
 perhaps neither. Imports nothing heavy: the runner, which opens every stage, has no other use for torch.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -17,6 +18,21 @@ from typing import Any
 import psutil
 
 from trimtab.errors import InputError
+
+FULL = {errno.ENOSPC, errno.EDQUOT}
+CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def disk_trouble(error: Exception, path: Path | str | None = None) -> str | None:
+    """One sentence on an error that the disk is the cause of: it is full, or may not be written to; None for others.
+    `path`: what was to be written, where the error does not say."""
+    number = getattr(error, "errno", None)
+    where = getattr(error, "filename", None) or path
+    if number in FULL or "(os error 28)" in str(error):  # as safetensors and polars, which are not Python, put it
+        return f"{path or where} was not written, the disk is full: free some space; what was finished is kept."
+    if number in CLOSED and where:
+        return f"{where} cannot be written, it is read-only or not yours: change its permissions, or work in a copy."
+    return None
 
 
 def file_sha256(path: Path) -> str:
@@ -34,19 +50,24 @@ def fingerprint(value: Any) -> str:
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success it becomes `path` (a file or a folder), on failure nothing is left.
 
-    Partial writes of processes that are no more are removed on the way.
+    Partial writes of processes that are no more are removed on the way. Raises InputError where the disk is full or may
+    not be written to.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for stale in path.parent.glob(f".{path.name}.partial-*"):
-        if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
-            remove(stale)
     partial = path.parent / f".{path.name}.partial-{os.getpid()}"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in path.parent.glob(f".{path.name}.partial-*"):
+            if not psutil.pid_exists(int(stale.name.rpartition("-")[2])):
+                remove(stale)
         yield partial
         _flush(partial)
         if path.is_dir():  # a rename cannot replace a folder that holds files
             shutil.rmtree(path)
         partial.replace(path)
+    except Exception as error:
+        if trouble := disk_trouble(error, path):
+            raise InputError(trouble) from error
+        raise
     finally:
         remove(partial)
 
@@ -55,7 +76,7 @@ def remove(path: Path) -> None:
     """Delete a file or a folder; a missing one is fine."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
-    else:
+    elif path.is_symlink() or path.exists():  # asked to delete what is not there, a read-only disk complains
         path.unlink(missing_ok=True)
 
 

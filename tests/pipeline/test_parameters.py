@@ -97,3 +97,11 @@ def test_sections_are_read_or_named(tmp_path):
     path.write_text("a: [")
     with pytest.raises(InputError, match="is not valid YAML"):
         read_sections(path, ["a"])
+
+
+@pytest.mark.parametrize("name", ["size", "nfiles"])
+def test_a_name_that_dvc_does_not_see_is_refused_in_a_section_and_not_on_the_command_line(name):
+    toy = notebook(f"{name}: int = 1")
+    with pytest.raises(InputError, match=f"`{name}` of section `toy`: DVC's run cache takes no notice"):
+        collect(toy, "toy.ipynb", {"toy": {name: 2}}, {})
+    assert collect(toy, "toy.ipynb", {}, {name: 2}) == {name: 2}

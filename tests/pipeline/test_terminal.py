@@ -1,6 +1,8 @@
 """Progress bars are shown and not kept; everything else is kept."""
 
+import contextlib
 import itertools
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +42,12 @@ def test_lines_without_a_terminal_are_few(terminal, tmp_path, monkeypatch):
     shown = (tmp_path / "screen").read_text().splitlines()
     assert 3 <= len(shown) <= 100 / module.QUIET_EVERY + 2
     assert shown[0] == "toy: [] capture:  34% 137/399 [00:34<01:06, 3950.47token/s, loss=0.3]"
+
+
+def test_a_run_outlives_its_log_and_says_so_once(terminal, tmp_path):
+    terminal.log.close()
+    with Path("/dev/full").open("w", buffering=1) as terminal.log, contextlib.suppress(OSError):
+        for _ in range(3):
+            terminal.line("a line", shown=False)
+    terminal.console.file.flush()
+    assert (tmp_path / "screen").read_text() == "toy: the log ends here: No space left on device\n"

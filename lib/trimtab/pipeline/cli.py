@@ -113,11 +113,19 @@ def new(
 
 
 def main() -> None:
-    """Entry point: bad input is one sentence, not a traceback."""
+    """Entry point: bad input, and a disk that is full or closed, is one sentence, not a traceback."""
     try:
         app()
     except InputError as error:
         typer.echo(f"trimtab: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        from trimtab.files import disk_trouble
+
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        typer.echo(f"trimtab: {trouble}", err=True)
         sys.exit(2)
 
 

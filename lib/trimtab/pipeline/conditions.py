@@ -70,7 +70,9 @@ def _condition(
         altered = _parameters_differ(about.get("parameters"), locked.get("params", {}).get("params.yaml", {}))
     if altered:
         return Condition(stage, name, "altered", tuple(altered))
-    if missing := [path for path, how in outputs.items() if how == "deleted"]:
+    missing = [path for path, how in outputs.items() if how == "deleted"]
+    gone = [path for path, how in inputs if how == "deleted"]  # then nothing of its making would bring it up to date
+    if missing and not gone:
         return Condition(stage, name, "missing", (f"{', '.join(missing)}: `dvc checkout` or `dvc pull` brings it",))
     stale = [_input(path, how) for path, how in inputs]
     stale += [str(each) for each in changes if isinstance(each, str)]

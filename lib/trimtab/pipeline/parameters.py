@@ -13,6 +13,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from trimtab.errors import InputError
 
 TAG = "parameters"
+UNSEEN = ("size", "nfiles")
+"""Keys that DVC leaves out of what it looks a run up by, wherever they stand: they are its own names for what it notes
+of outputs. A parameter of that name could be changed, and the results of its old value would come back."""
 
 
 def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str, tuple[Any, Any]]:
@@ -82,6 +85,8 @@ def collect(
     origin: dict[str, str] = {}
     for where, values in [*sources, ("the command line", settings)]:
         for key, value in values.items():
+            if key in UNSEEN and where != "the command line":
+                raise InputError(f"`{key}` of {where}: DVC's run cache takes no notice of that name; choose another.")
             if key not in declared:
                 raise InputError(f"`{key}` of {where} is no parameter of {name}{_nearest(key, declared)}")
             if key in parameters:

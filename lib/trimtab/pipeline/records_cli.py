@@ -80,13 +80,21 @@ def verify() -> None:
     """Whether every record is what its run wrote, and was made from what is here: names those that are not."""
     from trimtab.pipeline.conditions import conditions
 
-    found = conditions(project_root())
+    root = project_root()
+    found = conditions(root)
+    for name in sorted(_names(root) - {each.record for each in found}):
+        typer.echo(f"records/{name}.ipynb belongs to no stage: its notebook was renamed, or its arm is no longer run.")
     for each in found:
         if each.state != "fresh":
             typer.echo(f"{each.stage}: {each.state}: {'; '.join(each.reasons)}")
     others = sum(each.state != "fresh" for each in found)
     typer.echo(f"{len(found) - others} of {len(found)} stages are fresh.")
     raise typer.Exit(1 if others else 0)
+
+
+def _names(root: Path) -> set[str]:
+    records = root / "records"
+    return {str(path.relative_to(records).with_suffix("")) for path in records.rglob("*.ipynb")}
 
 
 def _console() -> "Console":

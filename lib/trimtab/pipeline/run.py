@@ -77,6 +77,11 @@ def run_notebook(
         )
         results = {} if execution.failure or "results" not in outputs else read_json(root / outputs["results"])
         finished = make_record(execution, provenance, root=root, source=source, parameters=parameters, results=results)
-        write_record(finished, root / record)
+        try:
+            write_record(finished, root / record)
+        except InputError:  # no room for it: results without a record are none
+            for path in outputs.values():
+                remove(root / path)
+            raise
         terminal.line(f"{outcome} after {seconds:.0f} s; record {record}")
     return execution.exit_code

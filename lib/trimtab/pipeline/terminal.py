@@ -1,5 +1,6 @@
 """What the terminal and the log see of a running notebook: one live line, and a full log without progress bars."""
 
+import contextlib
 import re
 import sys
 import time
@@ -31,6 +32,7 @@ class Terminal:
         self.status: Status | None = None
         self.cell = ""
         self._last_quiet = time.monotonic()
+        self._unheard = False
 
     def __enter__(self) -> "Terminal":
         if self.console.is_terminal:
@@ -41,7 +43,8 @@ class Terminal:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         if self.status:
             self.status.stop()
-        self.log.close()
+        with contextlib.suppress(OSError):  # of a full disk `line` has told
+            self.log.close()
 
     def start_cell(self, number: int, total: int, headline: str) -> None:
         """A cell begins; `headline` says what it is about."""
@@ -82,10 +85,18 @@ class Terminal:
 
     def line(self, text: str, *, shown: bool = True) -> None:
         """Write a line to the log, and to the terminal where `shown`."""
-        self.log.write(f"{time.strftime('%H:%M:%S')} {_ANSI.sub('', text)}\n")
-        self.log.flush()
+        try:
+            self.log.write(f"{time.strftime('%H:%M:%S')} {_ANSI.sub('', text)}\n")
+            self.log.flush()
+        except OSError as error:  # a run is worth more than its log
+            if not self._unheard:
+                self._print(f"the log ends here: {error.strerror}")
+            self._unheard = True
         if shown:
-            self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+            self._print(text)
+
+    def _print(self, text: str) -> None:
+        self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
 
     def _show(self, text: str) -> None:
         if self.status:
