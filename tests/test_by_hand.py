@@ -1,5 +1,7 @@
-"""Every source notebook as a user of JupyterLab runs it: in its own folder, with its own quick defaults."""
+"""Every source notebook as a user of JupyterLab runs it: in its own folder, with its own quick defaults; and what the
+README says of reading a model and of SAEs, with what the pipeline left."""
 
+import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.smoke import ROOT, contents, made
+from trimtab.sae import SAE
 
 pytestmark = pytest.mark.after_pipeline
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
@@ -36,3 +39,14 @@ def by_hand(tmp_path_factory, pytestconfig) -> dict[str, Future]:
 def test_source_notebooks_run_by_hand_from_their_own_defaults(by_hand, name):
     code = [cell for cell in by_hand[name].result().cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code), "a cell was not run"
+
+
+def test_the_readmes_examples_of_reading_and_of_saes_run(tmp_path_factory, pytestconfig, monkeypatch):
+    monkeypatch.chdir(made(tmp_path_factory, pytestconfig)[1])
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names: dict = {}
+    for block in (block for block in blocks if "capture(" in block or "SAE.from_pretrained" in block):
+        exec(block, names)
+    assert isinstance(names["sae"], SAE)
+    assert names["residual"].shape[-1] == names["x_hat"].shape[-1] == 576
+    assert (names["latents"].values > 0).any()

@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -96,6 +98,21 @@ def test_a_new_experiment_runs_as_it_stands_and_is_reported(smoke):
     subprocess.run(["trimtab", "new", "word_use"], cwd=smoke, env=environment(smoke), check=True)
     assert ran(repro(smoke)) == ["word_use", *LAST]
     assert "A block of text has fewer distinct tokens" in (smoke / "records/README.md").read_text()
+
+
+def test_the_readmes_commands_of_dvc_do_what_it_says(smoke):
+    """Experiments are composed and planned, and not run: at these scales they take hours."""
+    readme = (smoke / "README.md").read_text()
+    commands = re.findall(r"^((?:dvc|trimtab compose) .*?)(?:  +#.*)?$", readme, re.MULTILINE)
+    assert len(commands) == 6
+    before = (smoke / "params.yaml").read_text()
+    for command in commands:
+        words = shlex.split(command) + ["--dry"] * command.startswith("dvc exp")
+        done = subprocess.run(words, cwd=smoke, env=environment(smoke), capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        changed = (smoke / "params.yaml").read_text() != before
+        assert changed == (not command.startswith("dvc repro")), command
+        (smoke / "params.yaml").write_text(before)
 
 
 def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):

@@ -1,15 +1,34 @@
-"""The README's code on steering, repetition and linear attention runs as it stands, mostly on a tiny model."""
+"""The README's code on steering, repetition and linear attention runs as it stands, mostly on a tiny model; each of its
+commands is run somewhere."""
 
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from trimtab.pretrained import load_model, load_tokenizer
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+COMMANDS = re.findall(r"^(\S.*?)(?:  +#.*)?$", "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
+RUN_BY = {
+    "make test": "the program that runs this",
+    "make repro": "tests/smoke.py",
+    "dvc": "tests/test_pipeline.py",
+    "trimtab compose": "tests/test_pipeline.py",
+    "trimtab records": "tests/pipeline/test_records_cli.py",
+    "trimtab new": "tests/pipeline/test_new.py",
+    "pytest tests/test_word_use.py": "tests/pipeline/test_new.py",
+    "make lab": "tests/test_lab.py",
+    "make site": "tests/smoke.py",
+    "make serve": "tests/pipeline/site",
+    ". .venv/bin/activate": "every user of a virtual environment",
+}
+"""Where the commands of the README are run, by how they begin: what they make themselves of what make calls."""
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 (STEERING,) = (block for block in BLOCKS if "SteeringVectors" in block)
 (REPETITION,) = (block for block in BLOCKS if "seq_rep" in block)
@@ -43,3 +62,22 @@ def test_the_example_of_linear_attention_runs():
     assert names["y"].shape == (2, 1000, 256)
     assert names["more"].shape == names["out"].shape == (1, 1000, 4, 64)
     assert len(names["new"]) == 20
+
+
+def test_every_command_is_run_by_a_test():
+    assert len(COMMANDS) > 15
+    left = [command for command in COMMANDS if not command.startswith(tuple(RUN_BY))]
+    assert not left, "name the test that runs it"
+    assert not [key for key in RUN_BY if not any(command.startswith(key) for command in COMMANDS)]
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
+def test_make_has_what_the_readme_asks_of_it(target):
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_its_links_lead_somewhere():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "data/README.md"]:
+        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
+        assert not [link for link in links if not (page.parent / link).exists()], page
