@@ -212,4 +212,4 @@ def claims_of(page: Path) -> list[str]:
 def test_the_readme_shows_the_verdicts_of_the_committed_records():
     recorded = claims_of(ROOT / "records/README.md")
     assert recorded
-    assert claims_of(ROOT / "README.md") == recorded, "copy the table of claims of records/README.md to README.md"
+    assert claims_of(ROOT / "README.md") == recorded, "run `trimtab report`"

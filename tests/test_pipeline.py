@@ -78,7 +78,8 @@ def test_git_sees_only_what_is_meant_to_be_committed(smoke):
     changed = [line[3:] for line in status.stdout.splitlines()]
     assert changed
     assert all(
-        p == "dvc.lock" or p.startswith(("data/results/", "records/README.md", "records/figures/")) for p in changed
+        p in ("dvc.lock", "README.md") or p.startswith(("data/results/", "records/README.md", "records/figures/"))
+        for p in changed
     )
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from trimtab.checkpoint import write_json
 from trimtab.errors import InputError
-from trimtab.pipeline.report import current_records, write_report
+from trimtab.pipeline.report import MARKS, current_records, write_report
 
 PLOT = "import matplotlib.pyplot as plt\nplt.plot([1, 2])\nplt.show()"
 
@@ -44,6 +44,23 @@ def test_a_record_is_rendered_with_its_claims_metrics_and_figure(project, run):
     png = (project / "records/figures/toy.png").read_bytes()
     assert png == base64.b64decode(next(o for o in plot.outputs if "data" in o).data["image/png"])
     assert "![A toy](figures/toy.png)" in page
+
+
+def test_the_readme_gets_the_claims_between_its_marks_and_keeps_the_rest(project, run):
+    run("from pathlib import Path\nPath(out).write_text('x')")
+    results(project)
+    readme = project / "README.md"
+    readme.write_text("no marks")
+    render(project)
+    assert readme.read_text() == "no marks"
+    readme.write_text(f"before\n{MARKS[0]}\n| old |\n{MARKS[1]}\nafter\n")
+    for _ in range(2):
+        render(project)
+        shown = readme.read_text()
+        assert shown.startswith(f"before\n{MARKS[0]}\n| claim | verdict |")
+        assert "| It works | **held** |" in shown
+        assert "old" not in shown
+        assert shown.endswith(f"\n{MARKS[1]}\nafter\n")
 
 
 def test_a_failed_record_is_not_reported(project, run):

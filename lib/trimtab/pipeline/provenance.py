@@ -18,7 +18,7 @@ PRODUCTS = ("dvc.lock", "data/results", "records", "benchmarks/*.csv")
 
 def commit(root: Path) -> tuple[str, bool]:
     """(commit, whether sources differ from it); ("no git", True) outside a repository."""
-    exclude = [f":(exclude){path}" for path in PRODUCTS]
+    exclude = [f":(exclude){path}" for path in (*PRODUCTS, "README.md")]  # into which `report` puts the claims
     try:
         head = _git(root, "rev-parse", "--short=12", "HEAD")
         return head, bool(_git(root, "status", "--porcelain", "--", ".", *exclude))

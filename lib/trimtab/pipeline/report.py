@@ -1,4 +1,4 @@
-"""records/README.md: what the executed notebooks found, rendered from their records and results."""
+"""records/README.md, and the claims in README.md: what the executed notebooks found, from their records and results."""
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +15,8 @@ from trimtab.pipeline.records import provenance_of, read_record, title_of
 
 FIGURE_TAG = "figure"
 """Tag of the cell whose picture stands for the record."""
+MARKS = ("<!-- claims, written by `trimtab report` -->", "<!-- end of claims -->")
+"""Between them a page has the table of claims."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class Entry:
 
 
 def write_report(root: Path, output: Path, figures: Path, names: Sequence[str]) -> None:
-    """Render the named records with their results. Raises InputError for a failed or missing one."""
+    """Render the named records with their results, and put their claims between the `MARKS` of README.md, where it has
+    them. Raises InputError for a failed or missing record."""
     entries = [read_entry(root, name) for name in names]
     with atomic(figures) as folder:
         folder.mkdir(parents=True)
         pictures = {entry.name: picture for entry in entries if (picture := _save_figure(entry, folder))}
     with atomic(output) as partial:
         partial.write_text("\n".join(_render(entries, pictures, figures.name)) + "\n", encoding="utf-8")
+    if (root / "README.md").is_file():
+        _put_claims(root / "README.md", _claims(entries))
 
 
 def current_records(root: Path) -> list[str]:
@@ -73,6 +78,19 @@ def read_entry(root: Path, name: str) -> Entry:
     return Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])
 
 
+def _claims(entries: list[Entry]) -> str:
+    verdicts = [verdict for entry in entries for verdict in entry.verdicts]
+    return verdict_table(verdicts) if verdicts else "No stage has judged a claim yet."
+
+
+def _put_claims(page: Path, table: str) -> None:
+    before, begin, rest = page.read_text(encoding="utf-8").partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if end:
+        with atomic(page) as partial:
+            partial.write_text(f"{before}{begin}\n{table}\n{end}{after}", encoding="utf-8")
+
+
 def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> Iterator[str]:
     yield "# Records\n"
     yield (
@@ -80,8 +98,7 @@ def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> I
         "the DVC cache: after `dvc repro` (or `dvc pull`) the links below open them.\n"
     )
     yield "## Claims\n"
-    verdicts = [verdict for entry in entries for verdict in entry.verdicts]
-    yield verdict_table(verdicts) if verdicts else "No stage has judged a claim yet."
+    yield _claims(entries)
     yield ""
     judged = [entry for entry in entries if entry.verdicts]
     for entry in [*judged, *(entry for entry in entries if not entry.verdicts)]:
