@@ -8,6 +8,7 @@ import subprocess
 import time
 import urllib.request
 
+import nbformat
 import pytest
 import torch
 
@@ -23,6 +24,32 @@ def recipe() -> list[list[str]]:
     """The commands of Jupyter that `make lab` runs."""
     lines = (ROOT / "Makefile").read_text().splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("\tjupyter lab")]
+
+
+def test_commits_leave_outputs_of_source_notebooks_out_and_the_file_agrees(tmp_path):
+    """As the hook does that `make lab` installs: DVC compares the bytes of the working tree, not of the commit."""
+    project = tmp_path / "project"
+    copy_project(ROOT, project, "smoke")
+
+    def call(*command: str) -> subprocess.CompletedProcess[str]:
+        who = {
+            f"GIT_{role}_{key}": "trimtab@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")
+        }
+        return subprocess.run(command, cwd=project, env=environment(project) | who, capture_output=True, text=True)
+
+    assert "\t-pre-commit install\n" in (ROOT / "Makefile").read_text()
+    assert call("pre-commit", "install").returncode == 0
+    path = project / "notebooks/mqar.ipynb"
+    before = path.read_text()
+    notebook = nbformat.reads(before, as_version=4)
+    code = next(cell for cell in notebook.cells if cell.cell_type == "code")
+    code.outputs, code.execution_count = [nbformat.v4.new_output("stream", text="said")], 3
+    nbformat.write(notebook, path)
+    assert call("git", "add", "notebooks").returncode == 0
+    refused = call("git", "commit", "-m", "with outputs")
+    assert refused.returncode != 0
+    assert "strip outputs" in refused.stdout + refused.stderr
+    assert path.read_text() == before
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +109,8 @@ def test_it_opens_on_the_map_whose_links_lead_to_notebooks_that_run(page, lab):
     address, token = lab
     page.goto(f"{address}/?token={token}")
     page.wait_for_url("**/lab/tree/notebooks/explore/start.ipynb**")
+    page.get_by_role("menuitem", name="Git", exact=True).wait_for()  # jupyterlab-git
+    page.locator(".jp-NotebookPanel .nbdime-toolbarButton").first.wait_for()
     run_all(page)
     picture = page.locator(".overview svg.pipeline")
     picture.wait_for()
