@@ -84,15 +84,15 @@ def test_git_sees_only_what_is_meant_to_be_committed(smoke):
 
 
 def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke):
-    old = set_parameter(smoke, "activations_random", "train_tokens", 5000)
+    old = set_parameter(smoke, "sae_random", "steps", 41)
     order = ran(repro(smoke))
     random = ["sae_random@hierarchical-64", "sae_random@topk-64"]
-    assert sorted(order[:-2]) == ["activations_random", "sae_interpret", "sae_probe", *random]
+    assert sorted(order[:-2]) == ["sae_interpret", "sae_probe", *random]
     assert order[-2:] == LAST
-    set_parameter(smoke, "activations_random", "train_tokens", old)
+    set_parameter(smoke, "sae_random", "steps", old)
     output = repro(smoke)
-    assert ran(output) == LAST, output  # the page is committed, not cached; no notebook ran
-    assert output.count("is cached - skipping run") == 5
+    assert not set(ran(output)) - set(LAST), output  # the page is committed, not cached; no notebook ran
+    assert all(f"Stage '{name}' is cached - skipping run" in output for name in order[:-2]), output
 
 
 def test_a_new_experiment_runs_as_it_stands_and_is_reported(smoke):
@@ -102,13 +102,13 @@ def test_a_new_experiment_runs_as_it_stands_and_is_reported(smoke):
 
 
 def test_the_readmes_commands_of_dvc_do_what_it_says(smoke):
-    """Experiments are composed and planned, and not run: at these scales they take hours."""
+    """Experiments go as far as the first stage, which stays as it is: at these scales the others take hours."""
     readme = (smoke / "README.md").read_text()
     commands = re.findall(r"^((?:dvc|trimtab compose) .*?)(?:  +#.*)?$", readme, re.MULTILINE)
     assert len(commands) == 6
     before = (smoke / "params.yaml").read_text()
     for command in commands:
-        words = shlex.split(command) + ["--dry"] * command.startswith("dvc exp")
+        words = shlex.split(command) + ["fetch"] * command.startswith("dvc exp")
         done = subprocess.run(words, cwd=smoke, env=environment(smoke), capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
         changed = (smoke / "params.yaml").read_text() != before
