@@ -13,8 +13,16 @@ from filelock import FileLock
 from trimtab.pipeline.scales import copy_project
 
 ROOT = Path(__file__).parents[1]
+STAGES = [f"sae@{arm}" for arm in ("topk-64", "hierarchical-64")]
+STAGES += ["sae_random@topk-64", "sae_random@hierarchical-64", "activations", "activations_random"]
+STAGES += ["sae_compare", "sae_splice", "sae_interpret", "sae_probe", "sae_features"]
+STAGES += [f"steering@{arm}" for arm in ("steering", "steering-last", "steering-layer14", "full")]
+STAGES += ["steering_controls", "steering_compare", "steering_lens"]
+STAGES += [f"pretrain@{arm}" for arm in ("softmax", "based", "rebased", "rebased-hybrid", "conv")]
+STAGES += ["mqar", "pretrain_text", "pretrain_compare"]
+STAGES += [f"repetition@{arm}" for arm in ("untrained", "unlikelihood", "implicit")] + ["repetition_compare"]
+"""All between `corpus` and those that show records; `trimtab new` may have added others."""
 LAST = ["report", "site"]
-"""What shows records; before them `fetch`, `corpus`, and what is between."""
 
 
 def environment(project: Path) -> dict[str, str]:
@@ -83,3 +91,4 @@ def _run(project: Path) -> None:
     order = ran(repro(project))
     assert (order[:2], order[-2:]) == (["fetch", "corpus"], LAST)
     assert sorted(order) == sorted(stages(project))
+    assert set(STAGES) <= set(order)

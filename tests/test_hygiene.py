@@ -112,6 +112,15 @@ class TestSources:
                 )
 
 
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/explore/*.ipynb")), ids=lambda p: p.stem)
+def test_notebooks_to_explore_have_parameters_and_no_outputs(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert declared_parameters(notebook, path.name)
+    assert not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells)
+    assert set(notebook.metadata) == {"kernelspec"}
+
+
 @pytest.mark.parametrize("name", NOTEBOOK_STAGES)
 class TestStages:
     def test_parameters_sections_and_names_match(self, name):

@@ -41,7 +41,6 @@ def smoke(tmp_path_factory, pytestconfig) -> Path:
 
 def test_every_stage_leaves_a_complete_record_and_results(smoke):
     names = [name.replace("@", "/") for name in stages(smoke) if name not in ("fetch", *LAST)]
-    assert len(names) > 30
     verdicts = 0
     for name in names:
         assert read_record(smoke / f"records/{name}.ipynb").metadata.trimtab.status == "complete"
@@ -52,7 +51,7 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
         assert (smoke / f"site/records/{name}.html").is_file()
     page = (smoke / "records/README.md").read_text()
     assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == verdicts
-    assert verdicts > 30
+    assert verdicts >= 35
 
 
 def test_a_second_repro_runs_nothing(smoke):
@@ -91,7 +90,7 @@ def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke)
     assert order[-2:] == LAST
     set_parameter(smoke, "sae_random", "steps", old)
     output = repro(smoke)
-    assert not set(ran(output)) - set(LAST), output  # the page is committed, not cached; no notebook ran
+    assert ran(output) in (["report"], LAST), output  # its page is committed, not cached; no notebook ran
     assert all(f"Stage '{name}' is cached - skipping run" in output for name in order[:-2]), output
 
 

@@ -4,18 +4,17 @@ clock set back, a notebook renamed. Each ends in a clear sentence, and nothing i
 import os
 import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
-import nbformat
 import pytest
 import yaml
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tests.smoke import ran
+from tests.smoke import environment, ran
 from trimtab.pipeline.conditions import conditions
 from trimtab.pipeline.records import read_record
+
+from .toy import RUN, call, make
 
 WORK = """
 import json, time
@@ -40,21 +39,8 @@ if fills:
 PARAMETERS = (
     'length: int = 1\nseconds: float = 0.0\nfills: bool = False\nout: str = "out"\nresults: str = "results.json"'
 )
-RUN = "trimtab run notebooks/toy.ipynb --section toy --out out=data/toy --out results=data/results/toy.json"
-STAGE = {
-    "cmd": RUN,
-    "params": ["toy"],
-    "deps": ["notebooks/toy.ipynb"],
-    "outs": ["data/toy", "records/toy.ipynb", "records/toy.log"],
-    "metrics": [{"data/results/toy.json": {"cache": False}}],
-}
-ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
 DISK = "mkdir -p disk && mount -t tmpfs -o size=4m tmpfs disk && cp -r .git .dvc notebooks *.yaml disk && cd disk"
 """A disk of four megabytes, with the project on it."""
-
-
-def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, check=False)
 
 
 def set_parameters(folder: Path, **values) -> None:
@@ -66,14 +52,8 @@ def set_parameters(folder: Path, **values) -> None:
 @pytest.fixture
 def project(tmp_path) -> Path:
     folder = tmp_path / "toy"
-    (folder / "notebooks").mkdir(parents=True)
-    cells = [new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}), new_code_cell(WORK)]
-    nbformat.write(new_notebook(cells=[new_markdown_cell("# A toy"), *cells]), folder / "notebooks/toy.ipynb")
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": STAGE}}))
-    (folder / ".gitignore").write_text("/data/toy\n/records/*.ipynb\n/records/*.log\n/scratch\n")
+    make(folder, PARAMETERS, WORK)
     set_parameters(folder)
-    for command in (["git", "init", "--quiet"], ["dvc", "init", "--quiet"]):
-        assert call(folder, *command).returncode == 0
     return folder
 
 
@@ -124,7 +104,12 @@ def test_a_read_only_folder_is_named(project):
 def test_of_two_runs_at_once_the_second_is_told_and_the_first_finishes(project):
     set_parameters(project, seconds=15.0)
     first = subprocess.Popen(
-        ["dvc", "repro"], cwd=project, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ["dvc", "repro"],
+        cwd=project,
+        env=environment(project),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
     )
     deadline = time.monotonic() + 300
     while not (project / "data/toy").exists():

@@ -1,18 +1,14 @@
 """Records of a toy pipeline, run by DVC: listed, shown, compared, and believed only while everything still matches."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import get_args
 
-import nbformat
 import pytest
 import yaml
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -24,6 +20,8 @@ from trimtab.pipeline.conditions import State, conditions
 from trimtab.pipeline.differences import Difference, page, render
 from trimtab.pipeline.overview import COLOURS, picture, sources_of, table
 from trimtab.pipeline.records import FORMAT, read_record
+
+from .toy import call, make, succeed
 
 PARAMETERS = 'lr: float = 0.1\nfails: bool = False\nout: str = "out"\nresults: str = "results.json"'
 WORK = """
@@ -38,20 +36,6 @@ Path(results).parent.mkdir(parents=True, exist_ok=True)
 Path(results).write_text(json.dumps({"metrics": {"rows": 3, "arm": {"k=2": lr}}, "claims": [claim]}))
 print("lr is", lr)
 """
-STAGE = {
-    "cmd": "trimtab run notebooks/toy.ipynb --section toy --out out=data/toy --out results=data/results/toy.json",
-    "params": ["toy"],
-    "deps": ["notebooks/toy.ipynb"],
-    "outs": ["data/toy", "records/toy.ipynb", "records/toy.log"],
-    "metrics": [{"data/results/toy.json": {"cache": False}}],
-}
-IGNORED = "/data/toy\n/records/*.ipynb\n/records/*.log\n__pycache__\n"
-
-
-def call(folder: Path, *command: str, succeeds: bool = True) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    done = subprocess.run(command, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
-    assert (done.returncode == 0) == succeeds, done.stdout + done.stderr
 
 
 def set_parameters(folder: Path, **values) -> None:
@@ -61,24 +45,14 @@ def set_parameters(folder: Path, **values) -> None:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Two commits, each with its run: a learning rate of 0.25, then one of 0.5."""
-    folder = tmp_path_factory.mktemp("toy")
-    cells = [
-        new_markdown_cell("# A toy"),
-        new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-        new_code_cell(WORK),
-    ]
-    (folder / "notebooks").mkdir()
-    nbformat.write(new_notebook(cells=cells), folder / "notebooks/toy.ipynb")
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": STAGE}}))
-    (folder / ".gitignore").write_text(IGNORED)
-    call(folder, "git", "init", "--quiet")
-    call(folder, "dvc", "init", "--quiet")
+    folder = tmp_path_factory.mktemp("toy") / "toy"
+    make(folder, PARAMETERS, WORK)
     for lr in (0.25, 0.5):
         set_parameters(folder, lr=lr)
-        call(folder, "dvc", "repro", "--quiet")
-        call(folder, "git", "add", "--all")
+        succeed(folder, "dvc", "repro", "--quiet")
+        succeed(folder, "git", "add", "--all")
         identity = ["-c", "user.name=toy", "-c", "user.email=toy@localhost"]
-        call(folder, "git", *identity, "commit", "--quiet", "-m", str(lr))
+        succeed(folder, "git", *identity, "commit", "--quiet", "-m", str(lr))
     return folder
 
 
@@ -156,7 +130,7 @@ def test_altered_results_are_named(project):
 
 def test_a_record_of_other_parameters_is_named_even_where_dvc_was_told_to_take_it(project):
     change(project, lambda record: record["metadata"]["trimtab"]["parameters"].update(lr=0.75))
-    call(project, "dvc", "commit", "--force", "--quiet")
+    succeed(project, "dvc", "commit", "--force", "--quiet")
     (found,) = conditions(project)
     assert found.state == "altered"
     assert found.reasons == ("the record was run with lr = 0.75, dvc.lock has 0.5",)
@@ -212,7 +186,7 @@ def test_what_is_missing_or_was_never_run_is_named(project):
 
 def test_a_failed_run_is_named(project):
     set_parameters(project, fails=True)
-    call(project, "dvc", "repro", "--quiet", succeeds=False)
+    assert call(project, "dvc", "repro", "--quiet").returncode != 0
     (found,) = conditions(project)
     assert found.state == "failed"
     assert "records/toy.ipynb" in found.reasons[0]

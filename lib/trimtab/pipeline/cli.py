@@ -56,7 +56,7 @@ def fetch(
 
 @app.command()
 def report() -> None:
-    """Render records/README.md and records/figures from the executed notebooks and their results."""
+    """Render records/README.md, records/figures and the claims in README.md from the executed notebooks."""
     from trimtab.pipeline.report import current_records, write_report
 
     root = _root()

@@ -49,15 +49,17 @@ def add_experiment(root: Path, name: str) -> list[Path]:
         raise InputError(f"{name!r} is no name for an experiment: small letters, digits and _, a letter first.")
     made = {root / f"notebooks/{name}.ipynb": "notebook.ipynb", root / f"tests/test_{name}.py": "test_notebook.txt"}
     pipeline = root / "dvc.yaml"
+    stages = pipeline.read_text()
     taken = [str(path.relative_to(root)) for path in made if path.exists()]
-    taken += [f"stage {name} of dvc.yaml"] if name in yaml.safe_load(pipeline.read_text())["stages"] else []
+    taken += [f"stage {name} of dvc.yaml"] if name in yaml.safe_load(stages)["stages"] else []
     sections = {path: path.read_text() for path in (root / "conf/config.yaml", root / "params.yaml")}
     taken += [f"section {name} of {path.name}" for path, text in sections.items() if name in yaml.safe_load(text)]
     if taken:
         raise InputError(f"{name} is taken: there is {' and '.join(taken)} already.")
-    stages = pipeline.read_text()
     if stages.count(f"\n{REPORT}") != 1 or stages.count(REPORTED) != 1:
-        raise InputError("dvc.yaml: the stage `report` is not where it was: add the stage by hand, as README.md says.")
+        raise InputError(
+            "dvc.yaml: the stage `report` is not in its usual form: add the new stage by hand, like another."
+        )
     stages = stages.replace(f"\n{REPORT}", f"\n{STAGE.format(name=name)}{REPORT}")
     stages = stages.replace(REPORTED, f"      - records/{name}.ipynb\n{REPORTED}")
     smoke = root / "conf/scale/smoke.yaml"

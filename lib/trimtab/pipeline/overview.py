@@ -4,8 +4,10 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
+
 from trimtab.pipeline.conditions import Condition, State
-from trimtab.pipeline.site.graph import RENDERING, of_pipeline, stages_of, svg
+from trimtab.pipeline.site.graph import of_pipeline, stages_of, svg
 
 COLOURS: dict[State, str] = {
     "fresh": "#0072B2",
@@ -56,17 +58,15 @@ def table(root: Path, found: Sequence[Condition], above: str = "../../") -> str:
 
 def sources_of(root: Path) -> dict[str, str]:
     """Of each stage, without the part behind @, the notebook that it runs."""
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        pairs = [(stage.name.partition("@")[0], stage.cmd.split()) for stage in repo.index.stages]
-    return {name: words[2] for name, words in pairs if words[:2] == ["trimtab", "run"]}
+    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
+    commands = {name: stage["cmd"].split() for name, stage in stages.items()}
+    return {name: words[2] for name, words in commands.items() if words[:2] == ["trimtab", "run"]}
 
 
 def _what(each: Condition) -> str:
     if each.state == "fresh":
         return ""
-    command = f"dvc repro {each.stage}" if each.stage not in RENDERING else "dvc repro"
+    command = f"dvc repro {each.stage}"
     told = () if each.state == "never run" else each.reasons
     reasons = html.escape("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
     return f'<code style="white-space: nowrap">{html.escape(command)}</code> &nbsp; {reasons}'

@@ -50,9 +50,13 @@ def run_notebook(
         raise InputError(f"{notebook} is not a notebook that nbformat can read.") from None
     given = {**settings, **{name: str(path) for name, path in outputs.items()}}
     parameters = collect(content, source, read_sections(root / "params.yaml", sections), given)
+
+    def discard() -> None:
+        for path in outputs.values():
+            remove(root / path)
+
     remove(root / record)
-    for path in outputs.values():
-        remove(root / path)
+    discard()
     began, revision = time.monotonic(), commit(root)  # as it is now: somebody may commit while the notebook runs
     with Terminal(record.stem, (root / record).with_suffix(".log")) as terminal:
         terminal.line(f"{source} with sections {', '.join(sections)}; parameters {parameters}", shown=False)
@@ -63,8 +67,7 @@ def run_notebook(
                 execution.failure = f"every cell ran, but {', '.join(missing)} was not written"
                 execution.exit_code = 1
         if execution.failure:
-            for path in outputs.values():
-                remove(root / path)
+            discard()
         seconds = time.monotonic() - began
         outcome = f"failed: {execution.failure}" if execution.failure else "complete"
         provenance = describe(
@@ -80,8 +83,7 @@ def run_notebook(
         try:
             write_record(finished, root / record)
         except InputError:  # no room for it: results without a record are none
-            for path in outputs.values():
-                remove(root / path)
+            discard()
             raise
         terminal.line(f"{outcome} after {seconds:.0f} s; record {record}")
     return execution.exit_code
