@@ -71,7 +71,7 @@ def test_a_failed_record_is_not_reported(project, run):
 
 
 def test_a_missing_record_is_named(project):
-    with pytest.raises(InputError, match=r"toy\.ipynb is missing"):
+    with pytest.raises(InputError, match=r"toy\.ipynb does not exist"):
         render(project)
 
 

@@ -1,4 +1,4 @@
-"""records/README.md, and the claims in README.md: what the executed notebooks found, from their records and results."""
+"""records/README.md, and the claims in README.md: what the executed notebooks found, from their records."""
 
 import base64
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nbformat import NotebookNode
-
 from trimtab.claims import Verdict, verdict_table
 from trimtab.errors import InputError
 from trimtab.files import atomic, read_json
-from trimtab.pipeline.records import provenance_of, read_record, title_of
+from trimtab.pipeline.archive import Filed, find
 
 FIGURE_TAG = "figure"
 """Tag of the cell whose picture stands for the record."""
@@ -21,27 +19,24 @@ MARKS = ("<!-- claims, written by `trimtab report` -->", "<!-- end of claims -->
 
 @dataclass(frozen=True)
 class Entry:
-    """One stage: its record and its results."""
+    """One stage: its record, and its results from their file (a record's metadata is sorted: k=16 before k=2)."""
 
-    name: str
-    """Path under records/ without suffix, such as `sae/topk-8`."""
-    record: NotebookNode
-    metrics: Mapping[str, Any]
-    verdicts: list[Verdict]
+    filed: Filed
+    results: Mapping[str, Any]
 
     @property
-    def title(self) -> str:
-        """The first heading of the notebook."""
-        return title_of(self.record) or self.name
+    def name(self) -> str:
+        """Path under records/ without suffix, such as `sae/topk-8`."""
+        return self.filed.label
 
     @property
-    def provenance(self) -> dict[str, str]:
-        """The rows of the provenance cell."""
-        return provenance_of(self.record)
+    def verdicts(self) -> list[Verdict]:
+        """In the order in which they were judged."""
+        return [Verdict(**claim) for claim in self.results["claims"]]
 
 
 def write_report(root: Path, output: Path, figures: Path, names: Sequence[str]) -> None:
-    """Render the named records with their results, and put their claims between the `MARKS` of README.md, where it has
+    """Render the named records, and put their claims between the `MARKS` of README.md, where it has
     them. Raises InputError for a failed or missing record."""
     entries = [read_entry(root, name) for name in names]
     with atomic(figures) as folder:
@@ -70,12 +65,10 @@ def current_records(root: Path) -> list[str]:
 
 def read_entry(root: Path, name: str) -> Entry:
     """records/NAME.ipynb with data/results/NAME.json."""
-    file = root / "records" / f"{name}.ipynb"
-    record = read_record(file)
-    if record.metadata["trimtab"]["status"] != "complete":
-        raise InputError(f"{file} is the record of a failed run: run its stage again before reporting.")
-    results = read_json(root / "data/results" / f"{name}.json")
-    return Entry(name, record, results["metrics"], [Verdict(**claim) for claim in results["claims"]])
+    filed = find(root, name)
+    if filed.about["status"] != "complete":
+        raise InputError(f"records/{name}.ipynb is the record of a failed run: run its stage again before reporting.")
+    return Entry(filed, read_json(root / "data/results" / f"{name}.json"))
 
 
 def _claims(entries: list[Entry]) -> str:
@@ -106,14 +99,14 @@ def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> I
 
 
 def _render_entry(entry: Entry, picture: str | None, folder: str) -> Iterator[str]:
-    source = entry.record.metadata["trimtab"]["notebook"]
-    row = entry.provenance
-    yield f"## {entry.title} · `{entry.name}`\n"
+    source = entry.filed.about["notebook"]
+    row = entry.filed.provenance
+    yield f"## {entry.filed.title} · `{entry.name}`\n"
     yield f"[record]({entry.name}.ipynb) · [source](../{source}) · commit {row.get('commit', 'unknown')}"
     yield f"· {row.get('wall time', '?')} · {row.get('peak memory', '?')}\n"
     if picture:
-        yield f"![{entry.title}]({folder}/{picture})\n"
-    yield from _metric_tables(entry.metrics)
+        yield f"![{entry.filed.title}]({folder}/{picture})\n"
+    yield from _metric_tables(entry.results["metrics"])
     yield f"Parameters: {row.get('parameters', '')}\n"
     yield f"Made with {row.get('versions', '')}; on {row.get('hardware', '')}.\n"
 
@@ -142,7 +135,7 @@ def _number(value: Any) -> str:
 
 
 def _save_figure(entry: Entry, folder: Path) -> str | None:
-    for cell in entry.record.cells:
+    for cell in entry.filed.record.cells:
         if FIGURE_TAG in cell.metadata.get("tags", []):
             for output in cell.get("outputs", []):
                 if png := output.get("data", {}).get("image/png"):
