@@ -2,14 +2,18 @@
 commands is run somewhere."""
 
 import re
+import shlex
 import shutil
 import subprocess
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoModelForCausalLM
 
+from trimtab.pipeline.scales import compose
 from trimtab.pretrained import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -81,3 +85,17 @@ def test_its_links_lead_somewhere():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "data/README.md"]:
         links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
         assert not [link for link in links if not (page.parent / link).exists()], page
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/scaling.md", "docs/models.md"])
+def test_what_is_changed_by_the_experiments_it_shows_exists(page, tmp_path):
+    """Whatever `dvc exp run -S` is told in a page composes, and the stages that it names are there."""
+    shown = re.findall(r"^dvc exp run ((?:.*\\\n)*.*)", (ROOT / page).read_text(), re.MULTILINE)
+    assert shown
+    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    for experiment in shown:
+        words = shlex.split(experiment.replace("\\\n", ""), comments=True)
+        changes = [word for before, word in pairwise(words) if before == "-S"]
+        scale = next((word.removeprefix("scale=") for word in changes if word.startswith("scale=")), "laptop")
+        compose(ROOT, tmp_path / "params.yaml", scale, [word for word in changes if not word.startswith("scale=")])
+        assert set(words) - {"-S", *changes} <= stages, experiment

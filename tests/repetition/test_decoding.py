@@ -11,6 +11,7 @@ from transformers.generation import TopKLogitsWarper, TopPLogitsWarper
 from trimtab.errors import InputError
 from trimtab.interventions import steer, wrap
 from trimtab.repetition import decoding
+from trimtab.repetition.arms import PlainPolicy
 from trimtab.repetition.decoding import FORMS, Decoder, continuations, together
 from trimtab.repetition.dry import DRYProcessor, breakers_of
 from trimtab.rl.policy import Policy
@@ -39,7 +40,7 @@ def model(tiny_llama):
     return sharp
 
 
-class Plain(Policy):
+class Plain(PlainPolicy):
     """Without nnsight, which takes most of a tiny model's time; `TestSteered` goes through it."""
 
     def hidden(self, input_ids, attention_mask, position_ids, cache=None):
@@ -50,7 +51,7 @@ class Plain(Policy):
 
 @pytest.fixture(scope="module")
 def policy(model, tokenizer):
-    return Plain(wrap(model, tokenizer), {})
+    return Plain(wrap(model, tokenizer))
 
 
 def decoded(policy, name, tokens=12, **options):
@@ -129,7 +130,7 @@ class TestEveryDecoder:
     def test_the_end_is_a_token_like_any_other(self, model, tokenizer):
         eager = copy.deepcopy(model)
         eager.lm_head.weight[END] = 3 * eager.lm_head.weight[greedy_token(eager)]
-        found = decoded(Plain(wrap(eager, tokenizer), {}), "greedy", tokens=10)
+        found = decoded(Plain(wrap(eager, tokenizer)), "greedy", tokens=10)
         row = found[0].tolist()
         assert END in row[:-1]
         assert torch.equal(before_each(eager, found).argmax(2), found)
@@ -198,7 +199,7 @@ class TestLikeliest:
         small = LlamaForCausalLM(config).eval().requires_grad_(False)
         prefixes, tokens = torch.randint(0, 5, (4, 3)), 4
         every = torch.tensor(list(itertools.product(range(5), repeat=tokens)))
-        policy = Plain(wrap(small, tokenizer), {})
+        policy = Plain(wrap(small, tokenizer))
         found, narrow = (continuations(policy, prefixes, tokens, Decoder.of(f"beam-{n}")) for n in (5**3, 1))
         for prefix, best in zip(prefixes, found, strict=True):
             whole = torch.cat([prefix.expand(len(every), -1), every], dim=1)

@@ -88,7 +88,7 @@ def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> I
     yield "# Records\n"
     yield (
         "Written by the `report` stage from the executed notebooks; do not edit. The notebooks themselves are in "
-        "the DVC cache: after `dvc repro` (or `dvc pull`) the links below open them.\n"
+        "the DVC cache: after `dvc repro` the links below open them.\n"
     )
     yield "## Claims\n"
     yield _claims(entries)

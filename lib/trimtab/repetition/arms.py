@@ -4,15 +4,19 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
+from torch import Tensor
 
 from trimtab.epochs import mix
 from trimtab.errors import InputError
 from trimtab.interventions import steer
 from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
+
+if TYPE_CHECKING:
+    from nnsight import TransformersModel
 
 Kind = Literal["likelihood", "likelihood+tokens", "unlikelihood", "policy", "both"]
 """Of an update: likelihood of a block of text, the same with token unlikelihood, sequence unlikelihood of rollouts,
@@ -64,6 +68,21 @@ OBJECTIVES: Mapping[str, Mix] = {
 its control, whose rewards are dealt out at random within the batch."""
 
 
+class PlainPolicy(Policy):
+    """A frozen model as it is: nothing is trained."""
+
+    def __init__(self, wrapped: "TransformersModel") -> None:
+        super().__init__(wrapped, {})
+
+
+class SteeredPolicy(Policy):
+    """A frozen model with `vectors`, [layers, d_model] in fp32, added after its blocks: they are what is trained."""
+
+    def __init__(self, wrapped: "TransformersModel", vectors: Tensor) -> None:
+        self.vectors = vectors
+        super().__init__(steer(wrapped, range(len(vectors)), lambda: vectors), {VECTORS: vectors}, wrapped)
+
+
 @dataclass(frozen=True)
 class Arm:
     """One way of training: an objective, and with `-steering` or `-lora-R` what is trained instead of every weight."""
@@ -104,7 +123,7 @@ class Arm:
         if self._parts[1] == "-steering":
             layers, width = wrapped._module.config.num_hidden_layers, wrapped._module.config.hidden_size
             vectors = torch.zeros(layers, width, device=device)
-            return Policy(steer(wrapped, range(layers), lambda: vectors), {VECTORS: vectors}, wrapped)
+            return SteeredPolicy(wrapped, vectors)
         return Policy(wrapped, inject_lora(wrapped, "all-linear", int(self._parts[2]), seed), wrapped)
 
     @cached_property

@@ -111,11 +111,13 @@ def continuations(
     seed: int = 0,
     batch: int = 16,
     breakers: Collection[int] = (),
+    show: bool = True,
 ) -> Int[Tensor, "texts time"]:
     """`tokens` ids that follow each prefix, which is left out; on the CPU.
 
     `batch`: texts decoded together; of each, beam search runs N rows and contrastive search K. What is drawn depends
     on `seed` and a text's place among `prefixes`, not on the batch. `breakers`: ids for `dry`, see `dry.breakers_of`.
+    `show`: a bar of progress.
     """
     if tokens < 1 or batch < 1 or 0 in prefixes.shape:
         raise InputError(
@@ -123,9 +125,10 @@ def continuations(
             f"not {list(prefixes.shape)}, {tokens} and {batch}."
         )
     if decoder.alone:
-        return together(policy, [(decoder, prefixes)], tokens, seed=seed, batch=batch, breakers=breakers)[0]
+        tasks = [(decoder, prefixes)]
+        return together(policy, tasks, tokens, seed=seed, batch=batch, breakers=breakers, show=show)[0]
     found = []
-    with tqdm(total=len(prefixes) * tokens, desc=decoder.name, unit="token", mininterval=1, disable=in_worker()) as bar:
+    with _bar(len(prefixes) * tokens, decoder.name, show) as bar:
         for start in range(0, len(prefixes), batch):
             ids = prefixes[start : start + batch].to(policy.device, torch.long)
             growth = Growth(policy, ids, tokens, bar)
@@ -146,6 +149,7 @@ def together(
     seed: int = 0,
     batch: int = 64,
     breakers: Collection[int] = (),
+    show: bool = True,
 ) -> list[Int[Tensor, "_ time"]]:
     """`continuations` of each task, a decoder that chooses token by token with its prefixes, `batch` rows of whatever
     tasks at a time: on a CPU half of a step is the same however many rows there are. Raises InputError for beam and
@@ -160,12 +164,16 @@ def together(
     ]
     rows, found = torch.cat([prefixes for _, prefixes in tasks]), []
     title = ", ".join(dict.fromkeys(decoder.name for decoder, _ in tasks))
-    with tqdm(total=len(rows) * tokens, desc=title, unit="token", mininterval=1, disable=in_worker()) as bar:
+    with _bar(len(rows) * tokens, title, show) as bar:
         for start in range(0, len(rows), batch):
             ids = rows[start : start + batch].to(policy.device, torch.long)
             grown = _token_by_token(Growth(policy, ids, tokens, bar), ids, tokens, choices[start : start + batch])
             found.append(grown[:, -tokens:].cpu())
     return list(torch.cat(found).split([len(prefixes) for _, prefixes in tasks]))
+
+
+def _bar(total: int, title: str, show: bool) -> tqdm:
+    return tqdm(total=total, desc=title, unit="token", mininterval=1, disable=in_worker() or not show)
 
 
 class _Choice(NamedTuple):

@@ -16,7 +16,7 @@ from trimtab import launch
 from trimtab.checkpoint import read_json, save_tensors, write_json
 from trimtab.errors import InputError
 from trimtab.pretrained import load_tokenizer
-from trimtab.repetition.arms import Arm
+from trimtab.repetition.arms import Arm, PlainPolicy
 from trimtab.repetition.config import RepetitionConfig
 from trimtab.repetition.decoding import Decoder, continuations, together
 from trimtab.repetition.dry import breakers_of
@@ -96,7 +96,7 @@ class Bench:
     def policy(self, seed: int = 0) -> Policy:
         """A fresh one."""
         if self.arm is None:
-            return Policy(frozen_model(self.folder, dtype=self.config.dtype, device=self.device), {})
+            return PlainPolicy(frozen_model(self.folder, dtype=self.config.dtype, device=self.device))
         return self.arm.policy(self.folder, dtype=self.config.dtype, device=self.device, seed=seed)
 
     def rates(self) -> list[float]:

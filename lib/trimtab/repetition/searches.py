@@ -5,6 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from trimtab.repetition.llama_step import LlamaStep
 from trimtab.rl.cache import RoomyCache
 from trimtab.rl.policy import Policy
 
@@ -15,10 +16,16 @@ class Growth:
     def __init__(self, policy: Policy, prefixes: Tensor, tokens: int, bar: tqdm) -> None:
         self.policy, self.bar, self.texts, self.seen = policy, bar, len(prefixes), 0
         self.cache = RoomyCache(prefixes.shape[1] + tokens)
+        self.step: LlamaStep | None = None
 
     def read(self, ids: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new d_model"]:
         """Final hidden states of the next tokens, which are these."""
         rows, new = ids.shape
+        if self.seen and self.step is None and new == 1:
+            self.step = LlamaStep.of(self.policy, rows)
+        if self.seen and self.step is not None and new == 1:
+            self.seen += 1
+            return self.step.hidden(ids[:, 0], self.seen - 1, self.cache)[:, None]
         positions = torch.arange(self.seen, self.seen + new, device=ids.device).expand(rows, -1)
         self.seen += new
         attend = torch.ones(rows, self.seen, dtype=torch.long, device=ids.device)
@@ -27,7 +34,7 @@ class Growth:
     def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
         """Of the token after these states, in fp32. Asked for once a step, so the bar moves."""
         self.bar.update(self.texts)
-        return self.policy.unembedding(hidden).float()
+        return (self.policy.unembedding if self.step is None else self.step.logits)(hidden).float()
 
 
 def beam(growth: Growth, ids: Int[Tensor, "texts prefix"], tokens: int, width: int) -> Int[Tensor, "texts whole"]:

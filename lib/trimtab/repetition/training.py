@@ -22,11 +22,11 @@ from trimtab.epochs import batch_of, mix
 from trimtab.launch import in_worker
 from trimtab.repetition.arms import VECTORS, Arm, Kind
 from trimtab.repetition.config import TrainingConfig
+from trimtab.repetition.decoding import Decoder, continuations
 from trimtab.repetition.losses import accumulate, token_unlikelihood, weighted
 from trimtab.repetition.ngrams import repeated, reward
 from trimtab.rl.advantages import grpo_no_std
 from trimtab.rl.policy import Policy
-from trimtab.rl.rollouts import rollout
 
 SAVE_EVERY = 120.0
 """Seconds between checkpoints: of a whole model one takes seconds."""
@@ -200,22 +200,22 @@ class Step:
         n-gram, have no gradient: then no step is taken, for Adam's momentum would move what nothing was learnt about.
         """
         config, began = self.config, time.perf_counter()
-        continuations = self._rollouts(prefixes)
+        written = self._rollouts(prefixes)
         between = time.perf_counter()
-        rewards = reward(continuations, config.n)
-        mask = repeated(continuations, config.n)
+        rewards = reward(written, config.n)
+        mask = repeated(written, config.n)
         if shuffled:
             generator = torch.Generator().manual_seed(mix(self.seed, -self.number))
             rewards = rewards[torch.randperm(len(rewards), generator=generator)]
         advantages = grpo_no_std(rewards[None])[0]  # the batch is the group
-        likely, unlikely = torch.zeros(2, *continuations.shape)
+        likely, unlikely = torch.zeros(2, *written.shape)
         if kind in ("policy", "both"):
-            likely += config.reward_weight * advantages[:, None] / continuations.numel()
+            likely += config.reward_weight * advantages[:, None] / written.numel()
         if kind in ("unlikelihood", "both"):
-            unlikely += config.unlikelihood_weight * mask / continuations.numel()
+            unlikely += config.unlikelihood_weight * mask / written.numel()
         total, norm = 0.0, 0.0
         if bool(likely.any()) or bool(unlikely.any()):
-            total = self._on_continuations(prefixes, continuations, likely, unlikely)
+            total = self._on_continuations(prefixes, written, likely, unlikely)
             norm = self._step(clip=kind != "unlikelihood")
         return Update(
             self.number, kind, total, rewards.mean().item(), mask.float().mean().item(), norm, between - began,
@@ -223,25 +223,24 @@ class Step:
         )  # fmt: skip
 
     def _rollouts(self, prefixes: Int[Tensor, "batch prefix"]) -> Int[Tensor, "batch tokens"]:
-        drawn = rollout(
-            self.policy, prefixes.tolist(), group=1, max_new_tokens=self.config.tokens,
-            temperature=self.config.rollout_temperature, end=[-1],
-            generator=torch.Generator().manual_seed(mix(self.seed, self.number)),
+        decoder = Decoder.of("sampling" if self.config.rollout_temperature else "greedy")
+        return continuations(
+            self.policy, prefixes, self.config.tokens, decoder, seed=mix(self.seed, self.number), batch=len(prefixes),
+            show=False,
         )  # fmt: skip
-        return drawn.completions[:, 0]
 
     def _on_continuations(
         self,
         prefixes: Int[Tensor, "batch prefix"],
-        continuations: Int[Tensor, "batch tokens"],
+        written: Int[Tensor, "batch tokens"],
         likely: Float[Tensor, "batch tokens"],
         unlikely: Float[Tensor, "batch tokens"],
     ) -> float:
         total = 0.0
         needed = ((likely != 0) | (unlikely != 0)).any(dim=1).nonzero()[:, 0].tolist()
         for some in (needed[i : i + self.config.rows] for i in range(0, len(needed), self.config.rows)):
-            rows = torch.cat([prefixes[some], continuations[some]], dim=1)
-            flat = [t[some].flatten().to(self.policy.device) for t in (continuations, likely, unlikely)]
+            rows = torch.cat([prefixes[some], written[some]], dim=1)
+            flat = [t[some].flatten().to(self.policy.device) for t in (written, likely, unlikely)]
 
             def loss(logits: Tensor, chunk: slice, flat: Sequence[Tensor] = flat) -> Float[Tensor, ""]:
                 return weighted(logits, *(each[chunk] for each in flat))

@@ -44,9 +44,17 @@ def test_parameters_other_than_by_default_are_told_with_their_meaning(root):
         assert word in row
 
 
-def test_a_comment_behind_a_parameter_counts_before_those_above_it():
+def test_a_comment_behind_a_parameter_counts_before_those_above_it_and_both_before_a_reference():
     text = "# whole\na:\n  # above\n  # it\n  x: 1\n  y: ???  # behind\n  z: ${a.x}\n\nb:\n  x: [1, 2]   # other\n"
-    assert comments(text) == {"a": {"x": "above it", "y": "behind", "z": ""}, "b": {"x": "other"}}
+    assert comments(text) == {"a": {"x": "above it", "y": "behind", "z": "as a.x"}, "b": {"x": "other"}}
+
+
+def test_every_parameter_says_what_it_means(root):
+    found = comments((root / "conf/config.yaml").read_text())
+    assert found["sae_random"]["latents"] == "as sae.latents"
+    composed = Annotated.of(root).defaults
+    keys = {(section, key) for section, values in composed.items() if isinstance(values, dict) for key in values}
+    assert {(section, key) for section, key in keys if not found[section][key]} == set()
 
 
 def test_stages_of_one_name_are_one_box_and_what_goes_without_saying_is_not_drawn():

@@ -14,6 +14,7 @@ from trimtab.pipeline.scales import compose
 DEFAULT_SCALE = "laptop"
 _SECTION = re.compile(r"^(\w+):\s*$")
 _KEY = re.compile(r"^  (\w+):[^#]*(?:#\s*(.*))?$")
+_SAME = re.compile(r"\$\{([\w.]+)\}")
 _COMMENT = re.compile(r"^  #\s*(.*)$")
 
 
@@ -35,7 +36,7 @@ class Annotated:
 
 
 def comments(text: str) -> dict[str, dict[str, str]]:
-    """Of each parameter the comment behind it or, where there is none, those on the lines before it."""
+    """Of each parameter the comment behind it, else those on the lines before it, else whose value it takes."""
     found: dict[str, dict[str, str]] = {}
     section = ""
     before: list[str] = []
@@ -45,6 +46,8 @@ def comments(text: str) -> dict[str, dict[str, str]]:
         elif match := _COMMENT.match(line):
             before.append(match.group(1))
         elif match := _KEY.match(line):
-            found.setdefault(section, {})[match.group(1)] = match.group(2) or " ".join(before)
+            alike = _SAME.search(line)
+            meaning = match.group(2) or " ".join(before) or (f"as {alike.group(1)}" if alike else "")
+            found.setdefault(section, {})[match.group(1)] = meaning
             before = []
     return found
