@@ -23,7 +23,7 @@ from trimtab.pipeline.records import FORMAT, read_record
 
 from .toy import call, make, succeed
 
-PARAMETERS = 'lr: float = 0.1\nfails: bool = False\nout: str = "out"\nresults: str = "results.json"'
+PARAMETERS = 'lr: float = 0.1\ndecay: float = 0.1\nfails: bool = False\nout: str = "out"\nresults: str = "results.json"'
 WORK = """
 import json
 from pathlib import Path
@@ -39,7 +39,8 @@ print("lr is", lr)
 
 
 def set_parameters(folder: Path, **values) -> None:
-    (folder / "params.yaml").write_text(yaml.safe_dump({"toy": {"lr": 0.25, "fails": False} | values}))
+    """`decay` is a number that DVC writes as 1e-05, a string to readers of YAML 1.1."""
+    (folder / "params.yaml").write_text(yaml.safe_dump({"toy": {"lr": 0.25, "decay": 1e-05, "fails": False} | values}))
 
 
 @pytest.fixture(scope="module")

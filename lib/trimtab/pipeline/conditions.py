@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
+from ruamel.yaml.error import YAMLError
 
 from trimtab.errors import InputError
+from trimtab.pipeline.parameters import parse_yaml
 from trimtab.pipeline.records import read_record
 
 State = Literal["fresh", "stale", "never run", "missing", "failed", "altered"]
@@ -97,8 +98,8 @@ def _parameters_differ(found: Mapping[str, Any] | None, sections: Mapping[str, M
 
 def _locked(root: Path) -> dict[str, Any]:
     try:
-        return yaml.safe_load((root / "dvc.lock").read_text())["stages"]
+        return parse_yaml((root / "dvc.lock").read_text())["stages"]
     except FileNotFoundError:
         return {}
-    except (yaml.YAMLError, KeyError, TypeError):
+    except (YAMLError, KeyError, TypeError):
         raise InputError(f"{root}/dvc.lock is not what DVC writes: take the committed one (`git checkout`).") from None

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from trimtab.errors import InputError
 
@@ -52,13 +53,18 @@ def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str,
     return found
 
 
+def parse_yaml(text: str) -> Any:
+    """YAML 1.2, as DVC reads and writes it: there 1e-05 is a number, which YAML 1.1 takes for a string."""
+    return YAML(typ="safe", pure=True).load(text)
+
+
 def read_sections(path: Path, sections: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The named sections of params.yaml. Raises InputError for a missing file, broken YAML or an unknown section."""
     try:
-        content = yaml.safe_load(path.read_text())
+        content = parse_yaml(path.read_text())
     except FileNotFoundError:
         raise InputError(f"{path} is missing: compose it with `trimtab compose`.") from None
-    except yaml.YAMLError as error:
+    except YAMLError as error:
         raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
         raise InputError(f"{path} does not hold sections: compose it with `trimtab compose`.")
