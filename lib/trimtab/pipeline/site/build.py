@@ -32,6 +32,7 @@ SETTINGS: dict[str, Any] = {
         "use_download_button": False,
         "use_fullscreen_button": False,
         "home_page_in_toc": True,
+        "navbar_persistent": [],  # a second field for searching, above the one that is there
     },
     "nb_execution_mode": "off",
     "nb_merge_streams": True,

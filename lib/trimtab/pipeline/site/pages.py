@@ -50,7 +50,8 @@ def _index(records: Sequence[Filed]) -> Iterator[str]:
         f" computed by [one run](run.md) at the scale `{scale}`; each verdict leads to the notebook that computed it.\n"
     )
     yield f"## {len(verdicts)} claims\n"
-    yield f"{_counted([verdict for _, verdict in verdicts])}; each stated, with its threshold, before it was tested.\n"
+    counted = _counted([verdict for _, verdict in verdicts])
+    yield f"{counted}; each stands, with its threshold, in its notebook before the run.\n"
     for title in dict.fromkeys(paper_of(each.label) for each, _ in verdicts):
         own = [(each, verdict) for each, verdict in verdicts if paper_of(each.label) == title]
         yield f"### {title}\n\n{_counted([verdict for _, verdict in own])}.\n"
