@@ -247,7 +247,7 @@ assert "nats a token (2 blocks)" in measured.value, measured.value
 as_trained_nats = measured.value
 scale.value = 0.0
 assert measured.value != as_trained_nats
-text = "nowhere"
+held_out = None
 show()
 assert "run `dvc repro pretrain_text`" in measured.value
 """

@@ -184,8 +184,9 @@ class _Choice(NamedTuple):
     generator: torch.Generator
 
 
-HEAD = 1024
-"""Likeliest tokens among which a nucleus is looked for first: sorting a whole vocabulary takes most of a step."""
+HEAD, GROWTH = 256, 16
+"""Likeliest tokens among which a nucleus is looked for first, and how many times more where they do not fill it:
+sorting a whole vocabulary would take most of a step."""
 
 
 def _next(
@@ -212,18 +213,18 @@ def _drawn(
 ) -> Int[Tensor, "rows 1"]:
     """Drawn from the K likeliest tokens, from the fewest that hold P of the probability, or from all. What
     transformers' TopKLogitsWarper and TopPLogitsWarper leave, ties apart, without sorting the whole vocabulary."""
-    probs = logits.softmax(dim=1)
+    probs, vocab, parts = logits.softmax(dim=1), logits.shape[1], []
     if decoder.kind == "sampling":
-        each = [draw(row[None], generator) for row, generator in zip(probs.cpu(), generators, strict=True)]
-        return torch.cat(each)
-    size = min(decoder.count if decoder.kind == "top-k" else HEAD, probs.shape[1])
-    head, tokens = probs.topk(size, dim=1)
-    if decoder.kind == "nucleus":
-        if bool((head.sum(dim=1) < decoder.value).any()):
-            head, tokens = probs.sort(dim=1, descending=True)
-        head = torch.where(head.cumsum(dim=1) - head < decoder.value, head, 0)
-    each = [draw(row[None], generator) for row, generator in zip(head.cpu(), generators, strict=True)]
-    return tokens.cpu().gather(1, torch.cat(each))
+        return torch.cat([draw(row[None], generator) for row, generator in zip(probs.cpu(), generators, strict=True)])
+    size = min(decoder.count if decoder.kind == "top-k" else HEAD, vocab)
+    heads, found = (each.cpu() for each in probs.topk(size, dim=1))
+    for row, head, tokens, generator in zip(probs, heads, found, generators, strict=True):
+        if decoder.kind == "nucleus":
+            while len(head) < vocab and head.sum() < decoder.value:
+                head, tokens = (each.cpu() for each in row.topk(min(len(head) * GROWTH, vocab)))
+            head = torch.where(head.cumsum(dim=0) - head < decoder.value, head, 0)
+        parts.append(tokens[draw(head[None], generator)])
+    return torch.cat(parts)
 
 
 def _token_by_token(

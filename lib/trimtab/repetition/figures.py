@@ -43,7 +43,7 @@ def plot_trade(axis: Axes, reading: Grouped, nats: Grouped, *, seed: int = 0) ->
     axis.axvline(1, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel="change of held-out perplexity, % (dotted: 1 %)", ylabel="greedy seq-rep-4", ylim=(0, None))
     axis.set_title("Repetition against perplexity")
-    axis.legend(fontsize=7.5)
+    axis.legend(fontsize=7.5, loc="lower left")
 
 
 def plot_decoders(axis: Axes, readings: Mapping[str, Grouped], arms: Sequence[str]) -> None:

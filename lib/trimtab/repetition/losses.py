@@ -13,8 +13,8 @@ from torch import Tensor
 
 from trimtab.rl.policy import Policy
 
-HEAD_TOKENS = 64
-"""Tokens whose logits exist at one time."""
+HEAD_TOKENS = 320
+"""Tokens whose logits exist at one time: each such chunk adds to the whole gradient of the unembedding."""
 
 Loss = Callable[[Float[Tensor, "tokens vocab"], slice], Float[Tensor, ""]]
 """From the logits of some of the predictions of a batch, row after row, and which of them they are."""

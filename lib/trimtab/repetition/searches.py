@@ -15,15 +15,16 @@ class Growth:
 
     def __init__(self, policy: Policy, prefixes: Tensor, tokens: int, bar: tqdm) -> None:
         self.policy, self.bar, self.texts, self.seen = policy, bar, len(prefixes), 0
-        self.cache = RoomyCache(prefixes.shape[1] + tokens)
+        self.prefix = prefixes.shape[1]
+        self.cache = RoomyCache(self.prefix + tokens)
         self.step: LlamaStep | None = None
 
     def read(self, ids: Int[Tensor, "rows new"]) -> Float[Tensor, "rows new d_model"]:
         """Final hidden states of the next tokens, which are these."""
         rows, new = ids.shape
-        if self.seen and self.step is None and new == 1:
+        if new == 1 and self.seen == self.prefix:  # the first of the steps that a LlamaStep packs weights for
             self.step = LlamaStep.of(self.policy, rows)
-        if self.seen and self.step is not None and new == 1:
+        if new == 1 and self.step is not None:
             self.seen += 1
             return self.step.hidden(ids[:, 0], self.seen - 1, self.cache)[:, None]
         positions = torch.arange(self.seen, self.seen + new, device=ids.device).expand(rows, -1)

@@ -16,10 +16,10 @@ from trimtab.errors import InputError
 
 WINDOWS = (16, 32, 128, 512)
 """Previous gold tokens among which rep/l looks."""
-PLACES = 64
-"""Places whose distributions are sorted at one time."""
-HEAD = 1024
-"""Largest probabilities that are sorted of each; all of them only where these do not fill a nucleus."""
+PLACES = 16
+"""Places whose distributions are read at one time: few enough for a core's cache, which is passed over many times."""
+HEAD, GROWTH = 256, 16
+"""Largest probabilities that are sorted of each place, and how many times more where these do not fill a nucleus."""
 
 Logits = Callable[[Int[Tensor, " seq"]], Float[Tensor, "seq vocab"]]
 """Those at a place of a row predict the token after it."""
@@ -176,35 +176,41 @@ def _read(logits: Float[Tensor, "places vocab"], gold: Int[Tensor, " places"], c
     ids = torch.arange(vocab, device=logits.device)
     # One pass for both: above gold, or level with it and of a lower id.
     rank = 1 + ((logits > at_gold) | ((logits == at_gold) & (ids < gold[:, None]))).sum(dim=1)
-    total = logits.double().logsumexp(dim=1)
-    nats = total - at_gold[:, 0].double()
-    probs = (logits - total[:, None].float()).exp_()
-    head = probs.topk(min(HEAD, vocab), dim=1).values
+    peak, prediction = logits.max(dim=1, keepdim=True)  # the first of equals
+    shares = (logits - peak).exp_()
+    total = shares.sum(dim=1, dtype=torch.float64)
+    nats = total.log() + (peak - at_gold)[:, 0].double()
     p_gold = nats.neg().exp()
+    head = shares.topk(min(HEAD, vocab), dim=1).values
     kept = []
     for cut in cuts:
         if cut.top_k is None and cut.top_p in (None, 1.0):
-            p, square = p_gold, probs.square().sum(dim=1).double()
+            p, square = p_gold, torch.linalg.vector_norm(shares, dim=1).double().square() / total.square()
         else:
-            mass, square, count = _kept(probs, head, cut)
+            mass, square, count = _kept(shares, total, head, cut)
             p, square = torch.where(rank <= count, p_gold / mass, 0).clamp(max=1), square / mass.square()
         kept.append(torch.stack([p, square, torch.full_like(p, vocab)]))
-    return _Places(logits.argmax(dim=1), rank, nats, kept)
+    return _Places(prediction[:, 0], rank, nats, kept)
 
 
 def _kept(
-    probs: Float[Tensor, "places vocab"], head: Float[Tensor, "places head"], cut: Truncation
+    shares: Float[Tensor, "places vocab"],
+    total: Float[Tensor, " places"],
+    head: Float[Tensor, "places head"],
+    cut: Truncation,
 ) -> Float[Tensor, "3 places"]:
-    """Mass, sum of squares and number of the probabilities that a truncation keeps, of which `head` are the largest."""
-    found = _totals(head, cut)
-    beyond = found[2] == head.shape[1]
-    if head.shape[1] < probs.shape[1] and beyond.any():
-        found[:, beyond] = _totals(probs[beyond].sort(dim=1, descending=True).values, cut)
+    """Mass, sum of squares and number of the probabilities shares / total that a truncation keeps; `head` are the
+    largest of the shares."""
+    found = _totals(head.double() / total[:, None], cut)
+    size, vocab = head.shape[1], shares.shape[1]
+    while size < vocab and (full := (found[2] == size).nonzero()[:, 0]).numel():
+        size = min(size * GROWTH, vocab)
+        found[:, full] = _totals(shares[full].topk(size, dim=1).values.double() / total[full, None], cut)
     return found
 
 
-def _totals(ordered: Float[Tensor, "places some"], cut: Truncation) -> Float[Tensor, "3 places"]:
-    values = ordered.double()
+def _totals(values: Float[Tensor, "places some"], cut: Truncation) -> Float[Tensor, "3 places"]:
+    """`values`: probabilities, the largest first."""
     if cut.top_k is not None:
         keep = (torch.arange(values.shape[1], device=values.device) < cut.top_k).expand_as(values)
     else:

@@ -28,8 +28,8 @@ from trimtab.repetition.ngrams import repeated, reward
 from trimtab.rl.advantages import grpo_no_std
 from trimtab.rl.policy import Policy
 
-SAVE_EVERY = 120.0
-"""Seconds between checkpoints: of a whole model one takes seconds."""
+SAVE_EVERY = 300.0
+"""Seconds between checkpoints: of a whole model one is two gigabytes."""
 
 
 @dataclass(frozen=True)
