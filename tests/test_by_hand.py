@@ -4,11 +4,12 @@ README says of reading a model and of SAEs, with what the pipeline left."""
 import re
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from queue import SimpleQueue
 
 import nbformat
 import pytest
-from nbclient import NotebookClient
 
+from tests.notebooks import Run, kernel
 from tests.smoke import ROOT, contents, made
 from trimtab.sae import SAE
 
@@ -18,17 +19,21 @@ NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
 
 @pytest.fixture(scope="module")
 def by_hand(tmp_path_factory, pytestconfig) -> dict[str, Future]:
-    """The executed notebooks, by name. Two at a time, for the other tests are mostly done by now. The limit is for
-    cells that hang: how long one takes is the machine's affair."""
+    """The executed notebooks, by name. Two at a time, for the other tests are mostly done by now."""
     project = made(tmp_path_factory, pytestconfig)[1]
+    idle: SimpleQueue[Run] = SimpleQueue()
 
     def run(path: Path) -> nbformat.NotebookNode:
-        notebook = nbformat.read(path, as_version=4)
-        client = NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(project / "notebooks")}})
-        return client.execute()
+        kernel_run = idle.get()
+        try:
+            return kernel_run(nbformat.read(path, as_version=4))
+        finally:
+            idle.put(kernel_run)
 
     before = contents(project)
-    with ThreadPoolExecutor(2) as pool:
+    with kernel(project / "notebooks") as one, kernel(project / "notebooks") as other, ThreadPoolExecutor(2) as pool:
+        idle.put(one)
+        idle.put(other)
         runs = {path.stem: pool.submit(run, path) for path in NOTEBOOKS}
     changed = {path for path, _ in contents(project).items() ^ before.items()}
     assert not changed, "a notebook run by hand left its trace in the pipeline's data"

@@ -1,5 +1,6 @@
 """Interactive notebooks run from top to bottom without a front end, on tiny artefacts, and react to what is chosen."""
 
+from functools import partial
 from pathlib import Path
 
 import polars as pl
@@ -7,7 +8,8 @@ import pytest
 import torch
 from nbclient.exceptions import CellExecutionError
 
-from tests.notebooks import ROOT, execute
+from tests import notebooks
+from tests.notebooks import ROOT
 from trimtab.activations import ActivationCache
 from trimtab.checkpoint import save_tensors
 from trimtab.rebased.model import LanguageModel, ModelConfig
@@ -23,6 +25,13 @@ REPETITION = ROOT / "notebooks/explore/repetition.ipynb"
 RECALL = ROOT / "notebooks/explore/recall.ipynb"
 KERNELS = ROOT / "notebooks/explore/kernels.ipynb"
 SITE = 1
+
+
+@pytest.fixture(scope="module")
+def execute():
+    """`notebooks.execute`, in one kernel."""
+    with notebooks.kernel(ROOT / "notebooks/explore") as run:
+        yield partial(notebooks.execute, run)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +60,7 @@ assert "The text has 0 tokens" in found.value and page.value == before
 """
 
 
-def test_pages_and_tables_are_there_without_a_front_end_and_follow_what_is_chosen(parameters):
+def test_pages_and_tables_are_there_without_a_front_end_and_follow_what_is_chosen(execute, parameters):
     kept = "from IPython.display import HTML\ndisplay(HTML(page.value), HTML(found.value))"
     notebook = execute(FEATURES, parameters | {"latent": 3}, kept, CHOICES)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
@@ -66,7 +75,7 @@ def test_pages_and_tables_are_there_without_a_front_end_and_follow_what_is_chose
     assert "<b>" not in table
 
 
-def test_what_is_missing_is_named_with_the_command_that_makes_it(parameters, tmp_path):
+def test_what_is_missing_is_named_with_the_command_that_makes_it(execute, parameters, tmp_path):
     with pytest.raises(CellExecutionError) as failed:
         execute(FEATURES, parameters | {"saes": str(tmp_path)})
     assert failed.value.ename == "InputError"
@@ -114,7 +123,7 @@ assert len(heat()) == 1
 """
 
 
-def test_the_lens_follows_prompt_layers_and_strength(lens_parameters):
+def test_the_lens_follows_prompt_layers_and_strength(execute, lens_parameters):
     notebook = execute(LENS, lens_parameters, LENS_CHOICES)
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     views = [o.data["text/plain"] for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
@@ -129,7 +138,7 @@ print(where)
 """
 
 
-def test_without_vectors_the_lens_is_clean_and_says_what_makes_them(lens_parameters, tmp_path):
+def test_without_vectors_the_lens_is_clean_and_says_what_makes_them(execute, lens_parameters, tmp_path):
     notebook = execute(LENS, lens_parameters | {"steering": str(tmp_path)}, CLEAN_ALONE)
     said = notebook.cells[-1].outputs[0].text
     assert said.strip().endswith("holds no vectors: run `dvc repro steering@steering`.")
@@ -172,7 +181,7 @@ assert "The text has 0 tokens" in written.value and "tokens" in complaint.value 
 """
 
 
-def test_repetition_follows_decoder_strength_and_text(repetition_parameters):
+def test_repetition_follows_decoder_strength_and_text(execute, repetition_parameters):
     execute(REPETITION, repetition_parameters, DRAWN, REPETITION_CHOICES)
 
 
@@ -182,7 +191,7 @@ print(where)
 """
 
 
-def test_without_vectors_repetition_is_the_models_own(repetition_parameters, tmp_path):
+def test_without_vectors_repetition_is_the_models_own(execute, repetition_parameters, tmp_path):
     notebook = execute(REPETITION, repetition_parameters | {"trained": str(tmp_path)}, DRAWN, ALONE)
     said = notebook.cells[-1].outputs[0].text
     assert said.strip().endswith("holds no vectors: run `dvc repro repetition@implicit-steering`.")
@@ -221,7 +230,7 @@ assert len(drawn(chart)[0]["z"]) == 20
 """
 
 
-def test_recall_shows_where_queries_look_and_where_their_answers_stand(recaller, tmp_path):
+def test_recall_shows_where_queries_look_and_where_their_answers_stand(execute, recaller, tmp_path):
     given = {"model": str(recaller), "threads": 1, "pairs": 4, "time": 16}
     execute(RECALL, given, DRAWN, RECALL_CHOICES)
     with pytest.raises(CellExecutionError) as failed:
@@ -253,7 +262,7 @@ assert "run `dvc repro pretrain_text`" in measured.value
 """
 
 
-def test_kernels_go_back_to_their_start_and_cost_what_they_cost(recaller, documents, tmp_path):
+def test_kernels_go_back_to_their_start_and_cost_what_they_cost(execute, recaller, documents, tmp_path):
     tokenizer = train_tokenizer(documents["text"].to_list(), 300)
     split = documents.with_columns(split=pl.lit("test"))
     every = pl.concat([split, *(split.head(1).with_columns(split=pl.lit(each)) for each in ("train", "val"))])

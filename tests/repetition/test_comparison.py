@@ -88,7 +88,7 @@ def test_noise_of_many_decoders_does_not_refute_what_is_true_of_each():
     """Truth -0.02 in each of four: never "not held", where a maximum within the resampling said so every third time."""
     generator = np.random.default_rng(0)
     refuted = 0
-    for _ in range(30):
+    for _ in range(12):
         readings = []
         for _ in range(4):
             noise = generator.normal(0, 0.1, (2, 4, 12))
@@ -96,7 +96,7 @@ def test_noise_of_many_decoders_does_not_refute_what_is_true_of_each():
             rows = table(values, groups=list("abcdefghijkl"), seeds=(0, 1, 2, 3))
             readings.append(Grouped.of(rows, "value"))
         refuted += worst_difference(readings, "x", "y")[1] > 0
-    assert refuted <= 3
+    assert refuted <= 1
 
 
 def test_magnitudes():
