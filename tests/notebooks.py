@@ -36,8 +36,9 @@ def kernel(folder: Path) -> Iterator[Run]:
         run_sync(manager.shutdown_kernel)(now=True)
 
 
-def execute(run: Run, path: Path, parameters: dict, *further: str) -> nbformat.NotebookNode:
-    """Run a notebook with parameters injected below their cell, as papermill does, and cells appended."""
+def execute(path: Path, parameters: dict, *further: str, run: Run | None = None) -> nbformat.NotebookNode:
+    """Run a notebook with parameters injected below their cell, as papermill does, and cells appended; by `run` of a
+    `kernel`, or in a kernel of its own."""
     notebook = nbformat.read(path, as_version=4)
     declared = declared_parameters(notebook, path.name)
     assert set(parameters) <= set(declared)
@@ -45,4 +46,7 @@ def execute(run: Run, path: Path, parameters: dict, *further: str) -> nbformat.N
     injected = "\n".join(f"{name} = {value!r}" for name, value in parameters.items())
     notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(injected))
     notebook.cells += [nbformat.v4.new_code_cell(source) for source in further]
-    return run(notebook)
+    if run is not None:
+        return run(notebook)
+    with kernel(path.parent) as alone:
+        return alone(notebook)

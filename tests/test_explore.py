@@ -31,7 +31,7 @@ SITE = 1
 def execute():
     """`notebooks.execute`, in one kernel."""
     with notebooks.kernel(ROOT / "notebooks/explore") as run:
-        yield partial(notebooks.execute, run)
+        yield partial(notebooks.execute, run=run)
 
 
 @pytest.fixture(scope="module")

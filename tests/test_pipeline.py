@@ -131,7 +131,7 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
-    set_parameter(smoke, "activations", "train_tokens", 60_000)
+    set_parameter(smoke, "activations", "train_tokens", 24_000)
     shutil.rmtree(smoke / "scratch", ignore_errors=True)
     command = ["dvc", "repro", "activations"]
     process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL)

@@ -114,6 +114,9 @@ def new(
 
 def main() -> None:
     """Entry point: bad input, and a disk that is full or closed, is one sentence, not a traceback."""
+    # nbformat imports jsonschema, and that, where it is installed, a grammar of international addresses, which takes
+    # two seconds to build at every start. Notebooks have no such addresses to check.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     try:
         app()
     except InputError as error:
