@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_what_was_finished_before_a_failure_stays(tmp_path, workers):
     with pytest.raises(ValueError, match="negative"):
         each(square, [(1, str(log)), (-1, str(log))], tmp_path / "kept", workers=workers)
     assert len(list((tmp_path / "kept").glob("*.json"))) == 1
+
+
+def own_pid(_job):
+    return os.getpid()
+
+
+def die(_job):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_the_next_call_has_the_same_processes_unless_one_was_lost(tmp_path):
+    def pids(folder):
+        return set(each(own_pid, [(i,) for i in range(4)], tmp_path / folder, workers=2))
+
+    first = pids("first")
+    assert os.getpid() not in first
+    assert pids("second") & first
+    with pytest.raises(BrokenProcessPool):
+        each(die, [(0,)], tmp_path / "lost", workers=2)
+    assert not pids("third") & first
 
 
 def settings():

@@ -4,7 +4,8 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from functools import lru_cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ def each(
     """function(*job) for every job, in their order; results are JSON-able, and kept in `folder`.
 
     Called again after an interruption, only what is missing is run. With several workers each is a process with an
-    equal share of torch's threads, at least one; `function` must then be importable, or a partial of one that is.
+    equal share of torch's threads, at least one, kept for the next call; `function` must then be importable, or a
+    partial of one that is.
     """
     files = [folder / f"{fingerprint(list(job))[:16]}.json" for job in jobs]
     missing = [i for i, file in enumerate(files) if not file.is_file()]
@@ -40,21 +42,29 @@ def each(
         for i in missing:
             keep(i, function(*jobs[i]))
     elif missing:
-        threads = max(1, torch.get_num_threads() // workers)
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(workers, context, _begin, (threads, *_determinism())) as pool:
-            futures = {pool.submit(function, *jobs[i]): i for i in missing}
-            try:
-                for future in as_completed(futures):
-                    keep(futures[future], future.result())
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                for future, i in futures.items():
-                    if future.done() and not future.cancelled() and not future.exception() and not files[i].is_file():
-                        keep(i, future.result())
-                raise
+        pool = _pool(workers, max(1, torch.get_num_threads() // workers), *_determinism())
+        futures: dict[Future[Any], int] = {}
+        try:
+            for i in missing:
+                futures[pool.submit(function, *jobs[i])] = i
+            for future in as_completed(futures):
+                keep(futures[future], future.result())
+        except BaseException:
+            _pool.cache_clear()  # the next call begins with processes of its own
+            pool.shutdown(wait=True, cancel_futures=True)
+            for future, i in futures.items():
+                if future.done() and not future.cancelled() and not future.exception() and not files[i].is_file():
+                    keep(i, future.result())
+            raise
     bar.close()
     return [read_json(file) for file in files]
+
+
+@lru_cache(maxsize=1)
+def _pool(workers: int, *settings: Any) -> ProcessPoolExecutor:
+    """The processes of the last call where they compute as wanted, for they have imported what takes seconds; else new
+    ones. They wait for work until this process ends."""
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _begin, settings)
 
 
 def in_worker() -> bool:
