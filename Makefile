@@ -22,7 +22,6 @@ repro: .venv/installed        ## rebuild every result at the scale that params.y
 test: .venv/tested .venv-peers/installed  ## every check, the pipeline at the smoke scale among them
 	ruff check .
 	ruff format --check .
-	mypy
 	OMP_NUM_THREADS=1 pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 smoke: .venv/installed        ## the whole pipeline at the smoke scale, in a copy under scratch/smoke
