@@ -3,9 +3,7 @@
 import subprocess
 import sys
 
-from tests.smoke import ROOT
 
-
-def test_types_are_right():
-    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=ROOT, capture_output=True, text=True, check=False)
+def test_types_are_right(root):
+    done = subprocess.run([sys.executable, "-m", "mypy"], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
