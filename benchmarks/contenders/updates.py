@@ -38,17 +38,23 @@ def main(name: str, job: Job, questions: Path, mode: str) -> None:
             answer(curve(make(job, Questions.read(questions), bare), job))
 
 
-def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callable[[Any], None]) -> None:
-    """Until standard input ends. Memory counts from here: libraries are imported, the bare model is loaded."""
+def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callable[[Any], None], turn: int = 1) -> None:
+    """Until standard input ends. Memory counts from here: libraries are imported, the bare model is loaded. Of the
+    `turn` updates taken at a command the last is timed: those before it get back the memory that others had."""
     release()
-    base, sizes = memory(job.device), Sizes()
+    base, sizes, left = memory(job.device), Sizes(), 1
 
     def wait() -> None:
+        nonlocal left
+        left -= 1
+        if left:
+            return
         release()
         answer(clock.updates[-1] if clock.updates else "ready")
         for line in sys.stdin:
             match line.strip():
                 case "update":
+                    left = turn
                     return
                 case "reset":
                     reset_peak(job.device)
