@@ -211,7 +211,7 @@ def main(name: str, job: Job, batches: Batches) -> None:
         with torch.no_grad():  # once, so that what a library loads late is there before memory is counted
             bare[0](torch.tensor([[1, 2]], device=job.device))
         size = bare[0].get_memory_footprint() / MIB
-        measure(lambda: make(job, batches, bare), size, job, answer, turn=2)
+        measure(lambda: make(job, batches, bare), size, job, answer)
 
 
 if __name__ == "__main__":

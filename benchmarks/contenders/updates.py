@@ -2,9 +2,9 @@
 
     python benchmarks/contenders/updates.py CONTENDER JOB QUESTIONS measure | curve
 
-`measure` answers commands on standard input, one a line: `update` with its seconds, those of its rollout, and what the
-completions were; `reset` with null; `peak` with MiB and the bytes of gradients and of optimiser state. `curve` answers
-with the mean reward of each update of the job.
+`measure` answers commands on standard input, one a line: `update` takes a turn and answers with the seconds of its last
+update, those of the rollout, and what the completions were; `reset` with null; `peak` with MiB and the bytes of
+gradients and of optimiser state. `curve` answers with the mean reward of each update of the job.
 
 A contender is made of (job, questions, a list that holds the bare model, which it may empty) and has `fit(clock)`: its
 library's own training loop, which tells the clock where each update begins.
@@ -23,6 +23,9 @@ from meter import MIB, Sizes, answers, memory, release, reset_peak
 
 from trimtab.pretrained import load_model
 
+TURN = 2
+"""Updates taken at a command, of which the last counts: those before it get back the memory that others had."""
+
 
 def main(name: str, job: Job, questions: Path, mode: str) -> None:
     with answers() as answer:
@@ -38,9 +41,8 @@ def main(name: str, job: Job, questions: Path, mode: str) -> None:
             answer(curve(make(job, Questions.read(questions), bare), job))
 
 
-def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callable[[Any], None], turn: int = 1) -> None:
-    """Until standard input ends. Memory counts from here: libraries are imported, the bare model is loaded. Of the
-    `turn` updates taken at a command the last is timed: those before it get back the memory that others had."""
+def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callable[[Any], None]) -> None:
+    """Until standard input ends. Memory counts from here: libraries are imported, the bare model is loaded."""
     release()
     base, sizes, left = memory(job.device), Sizes(), 1
 
@@ -54,7 +56,7 @@ def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callabl
         for line in sys.stdin:
             match line.strip():
                 case "update":
-                    left = turn
+                    left = TURN
                     return
                 case "reset":
                     reset_peak(job.device)
