@@ -1,5 +1,6 @@
 """Interactive notebooks run from top to bottom without a front end, on tiny artefacts, and react to what is chosen."""
 
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests import notebooks
 from tests.notebooks import ROOT
 from trimtab.activations import ActivationCache
 from trimtab.checkpoint import save_tensors
+from trimtab.pipeline.conditions import conditions
 from trimtab.rebased.model import LanguageModel, ModelConfig
 from trimtab.rebased.text import Text, train_tokenizer
 from trimtab.repetition.arms import VECTORS
@@ -19,6 +21,7 @@ from trimtab.sae import SAE
 from trimtab.steering.export import save_vectors
 from trimtab.steering.vectors import SteeringVectors
 
+START = ROOT / "notebooks/explore/start.ipynb"
 FEATURES = ROOT / "notebooks/explore/sae_features.ipynb"
 LENS = ROOT / "notebooks/explore/lens.ipynb"
 REPETITION = ROOT / "notebooks/explore/repetition.ipynb"
@@ -80,6 +83,18 @@ def test_what_is_missing_is_named_with_the_command_that_makes_it(execute, parame
         execute(FEATURES, parameters | {"saes": str(tmp_path)})
     assert failed.value.ename == "InputError"
     assert failed.value.evalue.endswith("holds no SAE: run `dvc repro sae@hierarchical-6`.")
+
+
+def test_in_a_fresh_clone_the_start_says_what_is_missing(tmp_path):
+    """Which has dvc.lock and committed results, but neither records nor DVC's cache."""
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
+    assert {each.state for each in conditions(clone)} == {"missing"}
+    with notebooks.kernel(clone / "notebooks/explore") as run:
+        notebook = notebooks.execute(START, {}, "print(said.outputs)", run=run)
+    shown = str([cell.get("outputs") for cell in notebook.cells])
+    assert "No record is here yet: run `dvc repro`." in shown
+    assert "`dvc repro` makes it anew" in shown
 
 
 @pytest.fixture(scope="module")

@@ -175,7 +175,7 @@ def test_what_is_missing_or_was_never_run_is_named(project):
     (found,) = conditions(project)
     assert (found.state, found.reasons) == (
         "missing",
-        ("records/toy.ipynb: `dvc checkout` or `dvc pull` brings it",),
+        ("records/toy.ipynb: `dvc checkout` or `dvc pull` brings it from a cache, `dvc repro` makes it anew",),
     )
     (project / "dvc.lock").unlink()
     (found,) = conditions(project)

@@ -25,7 +25,8 @@ class Condition:
     """Path under records/ without suffix; None: the stage leaves none."""
     state: State
     """fresh: what is there was made from what is there. stale: sources, parameters or data have changed since. altered:
-    a record or results that no run has written. missing: dvc.lock has it, the working tree has not."""
+    a record or results that no run has written. missing: dvc.lock has it, or what it was made from, and the working
+    tree has not, as in a fresh clone."""
     reasons: tuple[str, ...] = ()
 
 
@@ -42,7 +43,8 @@ def conditions(root: Path) -> list[Condition]:
         except LockError:
             raise InputError("Another `dvc` runs here: wait for it, or stop it.") from None
         stages = [(stage.addressing, [Path(out.fs_path) for out in stage.outs]) for stage in repo.index.stages]
-    return [_condition(root, name, outs, changed.get(name, []), locked.get(name)) for name, outs in stages]
+    made = [out.relative_to(root.resolve()) for _, outs in stages for out in outs]
+    return [_condition(root, name, outs, changed.get(name, []), locked.get(name), made) for name, outs in stages]
 
 
 def _condition(
@@ -51,6 +53,7 @@ def _condition(
     outs: Sequence[Path],
     changes: Sequence[str | Mapping[str, Any]],
     locked: Mapping[str, Any] | None,
+    made: Sequence[Path],
 ) -> Condition:
     file = next((path for path in outs if path.suffix == ".ipynb"), None)
     name = str(file.relative_to(root.resolve() / "records").with_suffix("")) if file else None
@@ -71,14 +74,21 @@ def _condition(
         altered = _parameters_differ(about.get("parameters"), locked.get("params", {}).get("params.yaml", {}))
     if altered:
         return Condition(stage, name, "altered", tuple(altered))
-    missing = [path for path, how in outputs.items() if how == "deleted"]
-    gone = [path for path, how in inputs if how == "deleted"]  # then nothing of its making would bring it up to date
-    if missing and not gone:
-        return Condition(stage, name, "missing", (f"{', '.join(missing)}: `dvc checkout` or `dvc pull` brings it",))
+    gone = [path for path, how in inputs if how == "deleted"]
+    sources = [path for path in gone if not _of_a_stage(Path(path), made)]  # nothing but the user brings them back
+    missing = [str(out.relative_to(root.resolve())) for out in outs if not out.exists()] or gone
+    if missing and not sources:
+        remedy = "`dvc checkout` or `dvc pull` brings it from a cache, `dvc repro` makes it anew"
+        return Condition(stage, name, "missing", (f"{', '.join(missing)}: {remedy}",))
     stale = [_input(path, how) for path, how in inputs]
     stale += [str(each) for each in changes if isinstance(each, str)]
     stale += [f"{path} is not in DVC's cache" for path, how in outputs.items() if how == "not in cache"]
     return Condition(stage, name, "stale" if stale else "fresh", tuple(stale))
+
+
+def _of_a_stage(path: Path, made: Sequence[Path]) -> bool:
+    """Whether a stage makes it, what holds it, or part of it."""
+    return any(path.is_relative_to(out) or out.is_relative_to(path) for out in made)
 
 
 def _input(path: str, how: str | Mapping[str, str]) -> str:
