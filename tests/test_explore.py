@@ -89,12 +89,14 @@ def test_in_a_fresh_clone_the_start_says_what_is_missing(tmp_path):
     """Which has dvc.lock and committed results, but neither records nor DVC's cache."""
     clone = tmp_path / "clone"
     subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
-    assert {each.state for each in conditions(clone)} == {"missing"}
+    states = {each.state for each in conditions(clone)}
+    assert "missing" in states
+    assert states <= {"missing", "stale", "never run"}  # where a commit's sources are newer than its dvc.lock
     with notebooks.kernel(clone / "notebooks/explore") as run:
         notebook = notebooks.execute(START, {}, "print(said.outputs)", run=run)
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "No record is here yet: run `dvc repro`." in shown
-    assert "`dvc repro` makes it anew" in shown
+    assert "made anew by `dvc repro`" in shown
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ class Worker:
 
 
 def take_turns(workers: list[Worker], title: str, rounds: int) -> tuple[dict[str, list], dict[str, dict]]:
-    """(updates by name, one for each round; memory by name), after a warm-up update each."""
+    """(updates by name, one for each round; memory by name), after a warm-up turn each."""
     for worker in tqdm(workers, desc=f"{title} warm-up"):
         for answer in (worker.answer, lambda w=worker: w.ask("update"), lambda w=worker: w.ask("reset")):
             answer()

@@ -44,19 +44,16 @@ def main(name: str, job: Job, questions: Path, mode: str) -> None:
 def measure(make: Callable[[], Any], model_mib: float, job: Job, answer: Callable[[Any], None]) -> None:
     """Until standard input ends. Memory counts from here: libraries are imported, the bare model is loaded."""
     release()
-    base, sizes, left = memory(job.device), Sizes(), 1
+    base, sizes = memory(job.device), Sizes()
 
     def wait() -> None:
-        nonlocal left
-        left -= 1
-        if left:
+        if len(clock.updates) % TURN:
             return
         release()
         answer(clock.updates[-1] if clock.updates else "ready")
         for line in sys.stdin:
             match line.strip():
                 case "update":
-                    left = TURN
                     return
                 case "reset":
                     reset_peak(job.device)

@@ -173,9 +173,13 @@ def test_a_stale_record_is_named_with_what_changed(project, harm, reason):
 def test_what_is_missing_or_was_never_run_is_named(project):
     (project / "records/toy.ipynb").unlink()
     (found,) = conditions(project)
+    assert found.state == "missing"
+    assert found.reasons[0].startswith("records/toy.ipynb: brought back by `dvc checkout`")
+    set_parameters(project, lr=0.75)  # then what a cache holds is not what is wanted
+    (found,) = conditions(project)
     assert (found.state, found.reasons) == (
-        "missing",
-        ("records/toy.ipynb: `dvc checkout` or `dvc pull` brings it from a cache, `dvc repro` makes it anew",),
+        "stale",
+        ("params.yaml: section toy modified", "records/toy.ipynb deleted"),
     )
     (project / "dvc.lock").unlink()
     (found,) = conditions(project)

@@ -42,8 +42,9 @@ def conditions(root: Path) -> list[Condition]:
             changed = repo.status()
         except LockError:
             raise InputError("Another `dvc` runs here: wait for it, or stop it.") from None
-        stages = [(stage.addressing, [Path(out.fs_path) for out in stage.outs]) for stage in repo.index.stages]
-    made = [out.relative_to(root.resolve()) for _, outs in stages for out in outs]
+        here = root.resolve()
+        stages = [(s.addressing, [Path(out.fs_path).relative_to(here) for out in s.outs]) for s in repo.index.stages]
+    made = [out for _, outs in stages for out in outs]
     return [_condition(root, name, outs, changed.get(name, []), locked.get(name), made) for name, outs in stages]
 
 
@@ -55,8 +56,9 @@ def _condition(
     locked: Mapping[str, Any] | None,
     made: Sequence[Path],
 ) -> Condition:
-    file = next((path for path in outs if path.suffix == ".ipynb"), None)
-    name = str(file.relative_to(root.resolve() / "records").with_suffix("")) if file else None
+    written = next((path for path in outs if path.suffix == ".ipynb"), None)
+    name = str(written.relative_to("records").with_suffix("")) if written else None
+    file = root / written if written else None
     told = [each for each in changes if isinstance(each, Mapping)]
     inputs = [item for each in told for item in each.get("changed deps", {}).items()]
     outputs = dict(item for each in told for item in each.get("changed outs", {}).items())
@@ -66,7 +68,7 @@ def _condition(
         except InputError as error:
             return Condition(stage, name, "altered", (str(error),))
         if about["status"] != "complete":
-            return Condition(stage, name, "failed", (f"its last run failed: see {file.relative_to(root.resolve())}",))
+            return Condition(stage, name, "failed", (f"its last run failed: see {written}",))
     if locked is None:
         return Condition(stage, name, "never run", (f"make it with `dvc repro {stage}`",))
     altered = [f"{path} is not what its run wrote" for path, how in outputs.items() if how == "modified"]
@@ -74,15 +76,18 @@ def _condition(
         altered = _parameters_differ(about.get("parameters"), locked.get("params", {}).get("params.yaml", {}))
     if altered:
         return Condition(stage, name, "altered", tuple(altered))
-    gone = [path for path, how in inputs if how == "deleted"]
-    sources = [path for path in gone if not _of_a_stage(Path(path), made)]  # nothing but the user brings them back
-    missing = [str(out.relative_to(root.resolve())) for out in outs if not out.exists()] or gone
-    if missing and not sources:
-        remedy = "`dvc checkout` or `dvc pull` brings it from a cache, `dvc repro` makes it anew"
-        return Condition(stage, name, "missing", (f"{', '.join(missing)}: {remedy}",))
-    stale = [_input(path, how) for path, how in inputs]
+    missing = [str(path) for path in outs if not (root / path).exists()]
+    gone = [path for path, how in inputs if how == "deleted" and _of_a_stage(Path(path), made)]
+    stale = [_input(path, how) for path, how in inputs if path not in gone]
     stale += [str(each) for each in changes if isinstance(each, str)]
-    stale += [f"{path} is not in DVC's cache" for path, how in outputs.items() if how == "not in cache"]
+    if not stale and (missing or gone):
+        remedy = (
+            "brought back by `dvc checkout`, `dvc pull` or, where committed, `git checkout`; made anew by `dvc repro`"
+        )
+        return Condition(stage, name, "missing", (f"{', '.join(missing or gone)}: {remedy}",))
+    stale += [f"{path} deleted" for path in (*gone, *missing)]
+    lost = [path for path, how in outputs.items() if how == "not in cache" and path not in missing]
+    stale += [f"{path} is not in DVC's cache" for path in lost]
     return Condition(stage, name, "stale" if stale else "fresh", tuple(stale))
 
 
