@@ -96,7 +96,8 @@ def test_in_a_fresh_clone_the_start_says_what_is_missing(tmp_path):
         notebook = notebooks.execute(START, {}, "print(said.outputs)", run=run)
     shown = str([cell.get("outputs") for cell in notebook.cells])
     assert "No record is here yet: run `dvc repro`." in shown
-    assert "made anew by `dvc repro`" in shown
+    assert "dvc repro sae_compare" in shown
+    assert "missing</b>" in shown
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def _what(each: Condition) -> str:
     if each.state == "fresh":
         return ""
     command = f"dvc repro {each.stage}"
-    told = () if each.state == "never run" else each.reasons
+    told = () if each.state in ("never run", "missing") else each.reasons  # the command says it all
     reasons = html.escape("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
     return f'<code style="white-space: nowrap">{html.escape(command)}</code> &nbsp; {reasons}'
 
