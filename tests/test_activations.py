@@ -154,7 +154,7 @@ def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(model_folder
     needed = time.monotonic() - ready
     chance = random.Random(0)
     kills = 0
-    for _ in range(3):
+    for _ in range(4):
         process = start(tmp_path / "broken")
         time.sleep(chance.uniform(0.1, 0.5) * needed)
         process.kill()

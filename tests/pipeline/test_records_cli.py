@@ -173,8 +173,13 @@ def test_a_stale_record_is_named_with_what_changed(project, harm, reason):
 def test_what_is_missing_or_was_never_run_is_named(project):
     (project / "records/toy.ipynb").unlink()
     (found,) = conditions(project)
-    assert found.state == "missing"
-    assert found.reasons[0].startswith("records/toy.ipynb: brought back by `dvc checkout`")
+    assert (found.state, found.reasons) == (
+        "missing",
+        (
+            "records/toy.ipynb: brought back by `dvc checkout`, `dvc pull` or, where committed, `git checkout`; "
+            "made anew by `dvc repro`",
+        ),
+    )
     set_parameters(project, lr=0.75)  # then what a cache holds is not what is wanted
     (found,) = conditions(project)
     assert (found.state, found.reasons) == (

@@ -29,6 +29,10 @@ class Condition:
     tree has not, as in a fresh clone."""
     reasons: tuple[str, ...] = ()
 
+    def has_record(self, root: Path) -> bool:
+        """Whether its record is in the working tree."""
+        return self.record is not None and (root / f"records/{self.record}.ipynb").is_file()
+
 
 def conditions(root: Path) -> list[Condition]:
     """Of every stage that the pipeline has now, in the order of dvc.yaml. Raises InputError where another DVC process
@@ -80,7 +84,7 @@ def _condition(
     gone = [path for path, how in inputs if how == "deleted" and _of_a_stage(Path(path), made)]
     stale = [_input(path, how) for path, how in inputs if path not in gone]
     stale += [str(each) for each in changes if isinstance(each, str)]
-    if not stale and (missing or gone):
+    if not stale and (missing or gone):  # else what a cache holds is not what is wanted
         remedy = (
             "brought back by `dvc checkout`, `dvc pull` or, where committed, `git checkout`; made anew by `dvc repro`"
         )

@@ -47,7 +47,7 @@ def table(root: Path, found: Sequence[Condition], above: str = "../../") -> str:
         name = each.stage.partition("@")[0]
         state = f'<b style="color: {COLOURS[each.state]}; white-space: nowrap">{each.state}</b>'
         links = [_link(above, sources[name], "notebook")] if name in sources else []
-        if each.record and (root / f"records/{each.record}.ipynb").is_file():
+        if each.has_record(root):
             links.append(_link(above, f"records/{each.record}.ipynb", "record"))
         cells = (f"<code>{html.escape(each.stage)}</code>", state, " · ".join(links), _what(each))
         rows.append("".join(f'<td style="text-align: left">{cell}</td>' for cell in cells))
@@ -67,7 +67,7 @@ def _what(each: Condition) -> str:
     if each.state == "fresh":
         return ""
     command = f"dvc repro {each.stage}"
-    told = () if each.state in ("never run", "missing") else each.reasons  # the command says it all
+    told = () if each.state in ("never run", "missing") else each.reasons  # no more than the command
     reasons = html.escape("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
     return f'<code style="white-space: nowrap">{html.escape(command)}</code> &nbsp; {reasons}'
 

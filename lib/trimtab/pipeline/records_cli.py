@@ -30,7 +30,7 @@ def list_records() -> None:
         if each.record is None:
             continue
         filed: Filed | None = None
-        if (root / "records" / f"{each.record}.ipynb").is_file():
+        if each.has_record(root):
             try:
                 filed = find(root, each.record)
             except InputError:
