@@ -13,7 +13,8 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 	touch $@
 
 repro: .venv/installed        ## rebuild every result at the scale that params.yaml holds
-	dvc repro
+	trimtab check
+	dvc repro || { trimtab why; exit 1; }
 
 .venv/tested: .venv/installed  # a GPU build of torch has brought its Triton; without one the kernels' tests interpret it
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --no-deps triton==3.7.1

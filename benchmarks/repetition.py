@@ -104,7 +104,7 @@ def write_prefixes(path: Path, model: Path, corpus: Path, shape: dict[str, Any])
     whole = [found[i : i + size] for i in range(0, len(found) - size + 1, size)][:BATCHES]
     if not whole:
         raise InputError(f"{corpus} has {len(found)} prefixes to go on from, fewer than {size}.")
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(whole), encoding="utf-8")
     return path
 
 

@@ -121,7 +121,9 @@ def train(contenders: list[Contender], shape: Shape, data: Path, threads: int) -
 
     def best(contender: Contender) -> tuple[float, float]:
         command = contender.command(shape, data, "train", *map(str, contender.rates))
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | threads_of(1))
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", check=False, env=os.environ | threads_of(1)
+        )
         if done.returncode:
             raise RuntimeError(f"{contender.name} stopped: {done.stderr[-2000:]}")
         found = {float(rate): fvu for rate, fvu in json.loads(done.stdout).items()}

@@ -97,7 +97,7 @@ def curves(job: dict[str, Any], folder: Path, seeds: list[int]) -> pl.DataFrame:
         questions = write_questions(folder, job["prompts"], seed)
         for contender in (each for each in CONTENDERS if each.curve):
             command = contender.command(job | {"seed": seed}, questions, "curve")
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False)
             if done.returncode:
                 raise RuntimeError(f"{contender.name} stopped: {done.stderr[-2000:]}")
             common = {"device": job["device"], "contender": contender.name, "rate": CURVE_RATE, "seed": seed}
@@ -111,7 +111,9 @@ def write_questions(folder: Path, prompts: int, seed: int = 0) -> Path:
     items = open_task("sum").items("train", ITEMS, seed=0)
     batches = [batch_of(number, prompts, ITEMS, seed) for number in range(1, BATCHES + 1)]
     path = folder / f"questions-{prompts}-{seed}.json"
-    path.write_text(json.dumps({"items": [dataclasses.asdict(item) for item in items], "batches": batches}))
+    path.write_text(
+        json.dumps({"items": [dataclasses.asdict(item) for item in items], "batches": batches}), encoding="utf-8"
+    )
     return path
 
 

@@ -38,7 +38,7 @@ def repro(project: Path, *arguments: str, succeeds: bool = True) -> str:
         env=environment(project),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
         check=False,
     )
     assert (done.returncode == 0) == succeeds, done.stdout
@@ -57,16 +57,18 @@ def ran(output: str) -> list[str]:
 
 def set_parameter(project: Path, section: str, key: str, value: object) -> object:
     path = project / "params.yaml"
-    content = yaml.safe_load(path.read_text())
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
     before, content[section][key] = content[section][key], value
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return before
 
 
 def stages(project: Path) -> list[str]:
     """The names that DVC gives the pipeline's stages: `sae@topk-64`."""
     command = ["dvc", "stage", "list", "--name-only"]
-    done = subprocess.run(command, cwd=project, env=environment(project), capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, cwd=project, env=environment(project), capture_output=True, encoding="utf-8", check=True
+    )
     return done.stdout.split()
 
 

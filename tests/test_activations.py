@@ -71,12 +71,12 @@ def test_outliers_scale_and_mean_follow_the_documented_rule(caches):
 def lower_threshold(folder, target):
     """Copy a cache and set site 0's threshold to 0.9 of its median norm, so that many rows lie above; rows left."""
     shutil.copytree(folder, target)
-    manifest = json.loads((target / "manifest.json").read_text())
+    manifest = json.loads((target / "manifest.json").read_text(encoding="utf-8"))
     threshold = float(stored(target, "norms")[:, 0].median()) * 0.9
     manifest["sites"]["0"]["threshold"] = threshold
     kept = int((stored(target, "norms")[:, 0] <= threshold).sum())
     manifest["sites"]["0"]["kept"] = kept
-    (target / "manifest.json").write_text(json.dumps(manifest))
+    (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return kept
 
 
@@ -143,7 +143,7 @@ print("finished", flush=True)
 def test_a_writer_killed_at_random_moments_ends_with_the_same_bytes(model_folder, blocks_file, tmp_path):
     def start(folder):
         command = [sys.executable, "-c", CODE, str(model_folder), str(blocks_file), str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8")
         assert process.stdout.readline() == "ready\n"
         return process
 
@@ -187,7 +187,9 @@ def writer(tiny_llama, tokenizer, blocks_file, cache_config):
 
 def test_a_finished_cache_is_not_computed_again(caches, writer, tmp_path, monkeypatch):
     shutil.copytree(caches / "train", tmp_path / "copy")
-    (tmp_path / "copy/journal.json").write_text("{}")  # as a kill between manifest and clean-up leaves it
+    (tmp_path / "copy/journal.json").write_text(
+        "{}", encoding="utf-8"
+    )  # as a kill between manifest and clean-up leaves it
     monkeypatch.setattr("trimtab.activations.writing.capture", None)
     assert writer(tmp_path / "copy") == ActivationCache(caches / "train", 0).manifest
     assert not (tmp_path / "copy/journal.json").exists()
@@ -235,7 +237,7 @@ def test_sites_and_sizes_are_checked(caches):
     cache = ActivationCache(caches / "val", 0)
     with pytest.raises(InputError, match="too few for a batch of 100000"):
         next(cache.batches(100_000, seed=0))
-    with pytest.raises(InputError, match="multiple of batch_blocks = 16"):
+    with pytest.raises(InputError, match="`shard_blocks` must be a multiple of `batch_blocks` = 16, not 24"):
         ActivationsConfig(shard_blocks=24)
-    with pytest.raises(InputError, match="distinct block indices"):
+    with pytest.raises(InputError, match="`sites` must be a list of at least one item, each of them once"):
         ActivationsConfig(sites=(1, 1))

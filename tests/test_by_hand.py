@@ -48,7 +48,7 @@ def test_source_notebooks_run_by_hand_from_their_own_defaults(by_hand, name):
 
 def test_the_readmes_examples_of_reading_and_of_saes_run(tmp_path_factory, pytestconfig, monkeypatch):
     monkeypatch.chdir(made(tmp_path_factory, pytestconfig)[1])
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
     names: dict = {}
     for block in (block for block in blocks if "capture(" in block or "SAE.from_pretrained" in block):
         exec(block, names)

@@ -107,7 +107,10 @@ def test_the_digest_tells_blocks_apart(blocks_file):
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"val_fraction": 0.7}, "val_fraction must lie"), ({"min_block_tokens": 99}, "between 2 and block_tokens = 32")],
+    [
+        ({"val_fraction": 0.7}, "`val_fraction` must be a number between 0 and 0.5"),
+        ({"min_block_tokens": 99}, "`min_block_tokens` must be at most `block_tokens` = 32"),
+    ],
 )
 def test_configuration_is_checked(changes, message):
     with pytest.raises(InputError, match=message):

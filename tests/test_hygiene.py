@@ -29,7 +29,7 @@ from trimtab.steering.config import ControlsConfig, LensConfig, SteeringConfig
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted(ROOT.glob("notebooks/*.ipynb"))
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
 CONFIGURATIONS = {
     "fetch": FetchConfig,
     "corpus": CorpusConfig,
@@ -93,7 +93,7 @@ class TestSources:
 
     def test_one_of_its_figures_stands_for_the_record(self, path):
         cells = [cell for cell in nbformat.read(path, as_version=4).cells if "figure" in cell.metadata.get("tags", [])]
-        drawing = "figure(" in path.read_text()
+        drawing = "figure(" in path.read_text(encoding="utf-8")
         assert len(cells) == int(drawing), "the page of records shows the cell tagged `figure`"
 
     def test_functions_longer_than_ten_lines_belong_in_the_library(self, path):
@@ -128,12 +128,15 @@ class TestStages:
         path, given = options(stage)
         assert given["--section"] == stage["params"], "sections injected and sections tracked differ"
         notebook = nbformat.read(ROOT / path, as_version=4)
-        sections = {s: yaml.safe_load((ROOT / "params.yaml").read_text())[s] for s in given["--section"]}
+        sections = {
+            s: yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))[s] for s in given["--section"]
+        }
         single = [pair.partition("=")[::2] for pair in given.get("--set", []) + given.get("--out", [])]
         filled = collect(notebook, path, sections, dict(single))
         declared = declared_parameters(notebook, path)
         left = {key: default for key, (_, default) in declared.items() if key not in filled}
-        roots = {dep.split("/")[1] for dep in stage["deps"] if dep.startswith("data/")}
+        made = [dep for dep in stage["deps"] if dep.startswith("data/") and not dep.startswith("data/inputs/")]
+        roots = {dep.split("/")[1] for dep in made}
         inputs = [*left.values(), *(v for _, _, v in (pair.partition("=") for pair in given.get("--set", [])))]
         read = {value.split("/")[1] for value in inputs if value.startswith("data/")}
         assert read == roots, "inputs, by default or set, and data in deps differ"
@@ -158,7 +161,7 @@ class TestStages:
 @pytest.mark.parametrize("scale", SCALES)
 def test_sections_are_exactly_the_fields_of_their_dataclass_at_every_scale(section, scale, tmp_path):
     compose(ROOT, tmp_path / "params.yaml", scale)
-    composed = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    composed = yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8"))
     kind = CONFIGURATIONS[section]
     tuples = kind is not FetchConfig
     values = {key: tuple(v) if tuples and isinstance(v, list) else v for key, v in composed[section].items()}
@@ -170,11 +173,17 @@ def test_sections_are_exactly_the_fields_of_their_dataclass_at_every_scale(secti
 
 def test_params_yaml_is_the_composed_default(tmp_path):
     compose(ROOT, tmp_path / "params.yaml")
-    assert yaml.safe_load((tmp_path / "params.yaml").read_text()) == yaml.safe_load((ROOT / "params.yaml").read_text())
+    assert yaml.safe_load((tmp_path / "params.yaml").read_text(encoding="utf-8")) == yaml.safe_load(
+        (ROOT / "params.yaml").read_text(encoding="utf-8")
+    )
 
 
 def locked() -> dict[str, list[Requirement]]:
-    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if line and line[0] not in "#-"]
+    lines = [
+        line
+        for line in (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
+        if line and line[0] not in "#-"
+    ]
     found: dict[str, list[Requirement]] = {}
     for requirement in map(Requirement, lines):
         found.setdefault(re.sub(r"[-_.]+", "-", requirement.name).lower(), []).append(requirement)
@@ -182,7 +191,7 @@ def locked() -> dict[str, list[Requirement]]:
 
 
 def test_the_lock_satisfies_pyproject_and_holds_no_cuda():
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     pins = locked()
     for requirement in map(Requirement, wanted):
@@ -194,9 +203,9 @@ def test_the_lock_satisfies_pyproject_and_holds_no_cuda():
 
 
 def test_the_conda_environment_installs_the_lock_and_nothing_else():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text(encoding="utf-8"))
     *packages, pip = environment["dependencies"]
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert packages == [f"python{project['requires-python']}", "pip"]
     assert pip == {"pip": ["-r requirements.lock", "-e ."]}
 
@@ -205,7 +214,7 @@ def test_no_path_of_this_machine_is_committed():
     home = str(Path.home())
     for place in {str(ROOT.parent) + "/", home + "/"} - {"/"}:
         found = subprocess.run(
-            ["git", "grep", "-lF", "-e", place], cwd=ROOT, capture_output=True, text=True, check=False
+            ["git", "grep", "-lF", "-e", place], cwd=ROOT, capture_output=True, encoding="utf-8", check=False
         )
         assert not found.stdout.strip(), f"{place} stands in {found.stdout}"
 
@@ -213,7 +222,7 @@ def test_no_path_of_this_machine_is_committed():
 def claims_of(page: Path) -> list[str]:
     return [
         line
-        for line in page.read_text().splitlines()
+        for line in page.read_text(encoding="utf-8").splitlines()
         if re.match(r"\| .* \| \*\*(held|not held|inconclusive)\*\* \|", line)
     ]
 

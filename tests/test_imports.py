@@ -49,13 +49,13 @@ sys.meta_path.insert(0, Absent())
 for name in {MODULES!r}:
     importlib.import_module(f"trimtab.{{name}}")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 
 def imported(path: Path) -> set[str]:
     """Every module a file imports when it runs, `from trimtab import x` included, but not what only mypy sees."""
-    names, tree = set(), ast.parse(path.read_text())
+    names, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             node.body = []

@@ -22,7 +22,7 @@ LIMIT = 300_000
 
 def recipe() -> list[list[str]]:
     """The commands of Jupyter that `make lab` runs."""
-    lines = (ROOT / "Makefile").read_text().splitlines()
+    lines = (ROOT / "Makefile").read_text(encoding="utf-8").splitlines()
     return [shlex.split(line, comments=True) for line in lines if line.startswith("\tjupyter lab")]
 
 
@@ -35,12 +35,14 @@ def test_commits_leave_outputs_of_source_notebooks_out_and_the_file_agrees(tmp_p
         who = {
             f"GIT_{role}_{key}": "trimtab@localhost" for role in ("AUTHOR", "COMMITTER") for key in ("NAME", "EMAIL")
         }
-        return subprocess.run(command, cwd=project, env=environment(project) | who, capture_output=True, text=True)
+        return subprocess.run(
+            command, cwd=project, env=environment(project) | who, capture_output=True, encoding="utf-8"
+        )
 
-    assert "\t-pre-commit install\n" in (ROOT / "Makefile").read_text()
+    assert "\t-pre-commit install\n" in (ROOT / "Makefile").read_text(encoding="utf-8")
     assert call("pre-commit", "install").returncode == 0
     path = project / "notebooks/mqar.ipynb"
-    before = path.read_text()
+    before = path.read_text(encoding="utf-8")
     notebook = nbformat.reads(before, as_version=4)
     code = next(cell for cell in notebook.cells if cell.cell_type == "code")
     code.outputs, code.execution_count = [nbformat.v4.new_output("stream", text="said")], 3
@@ -49,7 +51,7 @@ def test_commits_leave_outputs_of_source_notebooks_out_and_the_file_agrees(tmp_p
     refused = call("git", "commit", "-m", "with outputs")
     assert refused.returncode != 0
     assert "strip outputs" in refused.stdout + refused.stderr
-    assert path.read_text() == before
+    assert path.read_text(encoding="utf-8") == before
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def lab(tmp_path_factory, browser):
     token = secrets.token_hex(16)
     options = ["--no-browser", "--allow-root", f"--ServerApp.port={port}", "--ServerApp.port_retries=0"]
     options += ["--ServerApp.ip=127.0.0.1", f"--IdentityProvider.token={token}"]
-    log = (project.parent / "lab.log").open("w")
+    log = (project.parent / "lab.log").open("w", encoding="utf-8")
     *before, start = recipe()
     for command in before:
         subprocess.run(command, cwd=project, env=environment(project), check=True, capture_output=True)
@@ -76,7 +78,7 @@ def lab(tmp_path_factory, browser):
             urllib.request.urlopen(f"{address}/api", timeout=5).close()
             break
         except OSError:
-            assert server.poll() is None, (project.parent / "lab.log").read_text()
+            assert server.poll() is None, (project.parent / "lab.log").read_text(encoding="utf-8")
             assert time.monotonic() < deadline, "JupyterLab does not answer"
             time.sleep(0.5)
     yield address, token

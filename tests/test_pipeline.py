@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -12,11 +13,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tests.smoke import LAST, environment, made, ran, repro, set_parameter, stages
+from trimtab.files import tree_sha256
 from trimtab.pipeline.records import read_record
+from trimtab.pipeline.stages import stages as declared
 from trimtab.pretrained import load_model, load_tokenizer
 
 pytestmark = pytest.mark.pipeline
@@ -44,12 +48,12 @@ def test_every_stage_leaves_a_complete_record_and_results(smoke):
     verdicts = 0
     for name in names:
         assert read_record(smoke / f"records/{name}.ipynb").metadata.trimtab.status == "complete"
-        results = json.loads((smoke / f"data/results/{name}.json").read_text())
+        results = json.loads((smoke / f"data/results/{name}.json").read_text(encoding="utf-8"))
         assert results["metrics"]
         verdicts += len(results["claims"])
         assert (smoke / f"records/figures/{name.replace('/', '-')}.png").stat().st_size > 5000
         assert (smoke / f"site/records/{name}.html").is_file()
-    page = (smoke / "records/README.md").read_text()
+    page = (smoke / "records/README.md").read_text(encoding="utf-8")
     assert page.count("| **held** |") + page.count("| **not held** |") + page.count("| **inconclusive** |") == verdicts
     assert verdicts >= 35
 
@@ -72,7 +76,7 @@ def test_two_runs_of_a_stage_give_the_same_record_but_for_provenance(smoke):
 
 def test_git_sees_only_what_is_meant_to_be_committed(smoke):
     status = subprocess.run(
-        ["git", "status", "--porcelain", "-uall"], cwd=smoke, capture_output=True, text=True, check=True
+        ["git", "status", "--porcelain", "-uall"], cwd=smoke, capture_output=True, encoding="utf-8", check=True
     )
     changed = [line[3:] for line in status.stdout.splitlines()]
     assert changed
@@ -97,22 +101,24 @@ def test_changing_a_parameter_reruns_its_stages_and_changing_it_back_none(smoke)
 def test_a_new_experiment_runs_as_it_stands_and_is_reported(smoke):
     subprocess.run(["trimtab", "new", "word_use"], cwd=smoke, env=environment(smoke), check=True)
     assert ran(repro(smoke)) == ["word_use", *LAST]
-    assert "A block of text has fewer distinct tokens" in (smoke / "records/README.md").read_text()
+    assert "A block of text has fewer distinct tokens" in (smoke / "records/README.md").read_text(encoding="utf-8")
 
 
 def test_the_readmes_commands_of_dvc_do_what_it_says(smoke):
     """Experiments go as far as the first stage, which stays as it is: at these scales the others take hours."""
-    readme = (smoke / "README.md").read_text()
+    readme = (smoke / "README.md").read_text(encoding="utf-8")
     commands = re.findall(r"^((?:dvc|trimtab compose) .*?)(?:  +#.*)?$", readme, re.MULTILINE)
     assert len(commands) == 6
-    before = (smoke / "params.yaml").read_text()
+    before = (smoke / "params.yaml").read_text(encoding="utf-8")
     for command in commands:
         words = shlex.split(command) + ["fetch"] * command.startswith("dvc exp")
-        done = subprocess.run(words, cwd=smoke, env=environment(smoke), capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            words, cwd=smoke, env=environment(smoke), capture_output=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, done.stdout + done.stderr
-        changed = (smoke / "params.yaml").read_text() != before
+        changed = (smoke / "params.yaml").read_text(encoding="utf-8") != before
         assert changed == (not command.startswith("dvc repro")), command
-        (smoke / "params.yaml").write_text(before)
+        (smoke / "params.yaml").write_text(before, encoding="utf-8")
 
 
 def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
@@ -128,6 +134,65 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
     with torch.inference_mode():
         loss = model(ids, labels=ids).loss
     assert loss.exp().item() == pytest.approx(28.27, rel=0.01)
+
+
+KILLED = (
+    "activations", "sae@hierarchical-64", "sae_splice", "steering@steering", "mqar", "pretrain@rebased",
+    "repetition@unlikelihood",
+)  # fmt: skip
+
+
+def processes_of(project: Path) -> dict[str, list[psutil.Process]]:
+    """What runs a stage in this project: `dvc`, `runner`, `kernel` and `worker`."""
+    found: dict[str, list[psutil.Process]] = {"dvc": [], "runner": [], "kernel": [], "worker": []}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            words = " ".join(process.cmdline())
+            if Path(process.cwd()) == project:
+                for kind, sign in SIGNS.items():
+                    if sign in words:
+                        found[kind].append(process)
+                        break
+    return found
+
+
+SIGNS = {"worker": "spawn_main", "kernel": "ipykernel_launcher", "runner": "trimtab run", "dvc": "dvc repro"}
+
+
+def kill_at_random(smoke: Path, stage: str, chance: random.Random) -> None:
+    """Run a stage, and kill some of its processes at a moment of the dice's choosing."""
+    command = ["dvc", "repro", "--force", "--single-item", stage]
+    victims = chance.choice([("kernel",), ("runner",), ("worker", "kernel"), ("dvc", "runner", "kernel", "worker")])
+    with subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not processes_of(smoke)["kernel"] and process.poll() is None:
+            assert time.monotonic() < deadline, "no kernel appeared"
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0.0, 8.0))
+        running = processes_of(smoke)
+        for kind in victims:
+            for each in running[kind]:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+        process.wait(timeout=300)
+    deadline = time.monotonic() + 60
+    while any(processes_of(smoke).values()):
+        assert time.monotonic() < deadline, "something outlived its runner"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(smoke, name):
+    (stage,) = [each for each in declared(smoke) if each.name == name]
+    results = [path for path in stage.outs if not path.startswith("records/")]
+    before = {path: tree_sha256(smoke / path) for path in results}
+    chance = random.Random(name)
+    for _ in range(2):
+        kill_at_random(smoke, name, chance)
+    repro(smoke, "--force", "--single-item", name)
+    assert {path: tree_sha256(smoke / path) for path in results} == before
+    assert read_record(smoke / f"records/{name.replace('@', '/')}.ipynb").metadata.trimtab.status == "complete"
+    assert not list(smoke.glob("scratch/resume/*")), "progress was not dropped"
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):

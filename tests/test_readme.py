@@ -17,7 +17,7 @@ from trimtab.pipeline.scales import compose
 from trimtab.pretrained import load_model, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^(\S.*?)(?:  +#.*)?$", "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL)), re.MULTILINE)
 RUN_BY = {
     "make test": "the program that runs this",
@@ -77,22 +77,24 @@ def test_every_command_is_run_by_a_test():
 
 @pytest.mark.parametrize("target", sorted(set(re.findall(r"\bmake ([a-z]+)", README))))
 def test_make_has_what_the_readme_asks_of_it(target):
-    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr
 
 
 def test_its_links_lead_somewhere():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "benchmarks/README.md", ROOT / "data/README.md"]:
-        links = [link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()) if "://" not in link]
+        links = [
+            link for link in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text(encoding="utf-8")) if "://" not in link
+        ]
         assert not [link for link in links if not (page.parent / link).exists()], page
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/scaling.md", "docs/models.md"])
 def test_what_is_changed_by_the_experiments_it_shows_exists(page, tmp_path):
     """Whatever `dvc exp run -S` is told in a page composes, and the stages that it names are there."""
-    shown = re.findall(r"^dvc exp run ((?:.*\\\n)*.*)", (ROOT / page).read_text(), re.MULTILINE)
+    shown = re.findall(r"^dvc exp run ((?:.*\\\n)*.*)", (ROOT / page).read_text(encoding="utf-8"), re.MULTILINE)
     assert shown
-    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"])
+    stages = set(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
     for experiment in shown:
         words = shlex.split(experiment.replace("\\\n", ""), comments=True)
         changes = [word for before, word in pairwise(words) if before == "-S"]

@@ -216,4 +216,4 @@ def main(name: str, job: Job, batches: Batches) -> None:
 
 if __name__ == "__main__":
     name, given, prefixes = sys.argv[1:]
-    main(name, Job(**json.loads(given)), json.loads(Path(prefixes).read_text()))
+    main(name, Job(**json.loads(given)), json.loads(Path(prefixes).read_text(encoding="utf-8")))

@@ -48,7 +48,7 @@ class Questions:
 
     @classmethod
     def read(cls, path: Path) -> "Questions":
-        found = json.loads(path.read_text())
+        found = json.loads(path.read_text(encoding="utf-8"))
         return cls([Item(**entry) for entry in found["items"]], found["batches"])
 
 

@@ -35,7 +35,9 @@ def memory(device: str, *, peak: bool = False) -> float:
     if device == "cuda":
         return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / MIB
     name = "VmHWM:" if peak else "VmRSS:"
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+    (line,) = (
+        line for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines() if line.startswith(name)
+    )
     return int(line.split()[1]) / 1024
 
 
@@ -43,7 +45,7 @@ def reset_peak(device: str) -> None:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
-        Path("/proc/self/clear_refs").write_text("5")  # man 5 proc: resets the resident set's high-water mark
+        Path("/proc/self/clear_refs").write_bytes(b"5")  # man 5 proc: resets the resident set's high-water mark
 
 
 def release() -> None:

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 
 import torch
-import torch._inductor.compile_fx  # loaded with the rest, so as not to count as memory of a step
+import torch._inductor.compile_fx  # noqa: F401, loaded with the rest, so as not to count as memory of a step
 import torch.nn.functional as F
 from shape import Shape
 from torch import Tensor

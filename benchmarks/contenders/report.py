@@ -28,9 +28,9 @@ def merge(path: Path, measured: pl.DataFrame, replaced: pl.Expr) -> pl.DataFrame
 def rewrite(readme: Path, name: str, parts: Sequence[str]) -> None:
     """Replace what stands between the markers of that name; a folder without a README has none to change."""
     if readme.exists():
-        before, begin, rest = readme.read_text().partition(f"<!-- {name}: begin -->\n")
+        before, begin, rest = readme.read_text(encoding="utf-8").partition(f"<!-- {name}: begin -->\n")
         _, end, after = rest.partition(f"<!-- {name}: end -->")
-        readme.write_text(before + begin + "\n\n".join(parts) + "\n" + end + after)
+        readme.write_text(before + begin + "\n\n".join(parts) + "\n" + end + after, encoding="utf-8")
 
 
 def measured_on(row: Mapping[str, Any]) -> str:
@@ -50,7 +50,7 @@ def targets(found: Sequence[tuple[str, float, str, float]]) -> list[str]:
 
 def versions(*peers: str) -> str:
     """torch, which is the same for all, and libraries that `peers.txt` pins."""
-    text = (Path(__file__).parents[1] / "peers.txt").read_text()
+    text = (Path(__file__).parents[1] / "peers.txt").read_text(encoding="utf-8")
     pins = dict(re.findall(r"^(\S+)==(\S+)$", text, flags=re.MULTILINE))
     return ", ".join([f"torch {torch.__version__}", *(f"{name} {pins[name]}" for name in peers)])
 

@@ -47,13 +47,18 @@ class Worker:
     def __init__(self, name: str, command: list[str], log: Path) -> None:
         self.name, self.log = name, log
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("a"), text=True, bufsize=1
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log.open("a", encoding="utf-8"),
+            encoding="utf-8",
+            bufsize=1,
         )
 
     def answer(self) -> Any:
         line = self.process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.name} stopped: {self.log.read_text()[-2000:]}")
+            raise RuntimeError(f"{self.name} stopped: {self.log.read_text(encoding='utf-8')[-2000:]}")
         return json.loads(line)
 
     def ask(self, command: str) -> Any:

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from trimtab.errors import InputError
 from trimtab.files import atomic, file_sha256, fingerprint, read_json, remove, write_json
+from trimtab.identity import Identity, digest, identify, tell
 
 __all__ = [
     "Checkpoint",
@@ -33,8 +34,9 @@ METADATA = "trimtab"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file, atomically; equal contents give equal bytes."""
-    with atomic(path) as partial:
+    """Write tensors as one safetensors file, atomically; equal contents give equal bytes. Raises InputError where a
+    file is there that Trimtab did not write."""
+    with atomic(path, own=_is_own) as partial:
         contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
         # One key: safetensors writes several in random order.
         save_file(contiguous, str(partial), {METADATA: json.dumps(dict(metadata or {}), sort_keys=True)})
@@ -51,6 +53,14 @@ def load_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
         raise InputError(f"{path} is damaged ({error}): delete it and run its stage again.") from None
 
 
+def _is_own(path: Path) -> bool:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return METADATA in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
+
+
 def metadata_of(file: Any) -> dict[str, str]:
     """The metadata that `save_tensors` gave an open safetensors file; empty for files of others."""
     return json.loads((file.metadata() or {}).get(METADATA, "{}"))
@@ -59,27 +69,67 @@ def metadata_of(file: Any) -> dict[str, str]:
 class Checkpoint:
     """A resumable state: flat tensors and a small JSON-able record, in one safetensors file.
 
-    `identity` says what the state belongs to (configuration, data, seed). A checkpoint of another identity is not an
-    error: it is of another run, and is ignored and in time overwritten.
+    `identity` and `parts` say what the state belongs to, as `identity.identify` takes them: contents of data and model,
+    configuration, code, machine. The state of another identity at the path is told of and put beside it, under a name
+    with its digest, where it is found again when that identity returns.
     """
 
-    def __init__(self, path: Path | None, identity: Any) -> None:
-        self.path = path
-        self.identity = fingerprint(identity)
+    def __init__(self, path: Path | str | None, *identity: Any, **parts: Any) -> None:
+        self.path = None if path is None else Path(path)
+        self.identity = identify(*identity, **parts) if path is not None else {}
 
     def save(self, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
         """Replace the checkpoint. Does nothing without a path."""
         if self.path is not None:
-            save_tensors(self.path, tensors, {"identity": self.identity, "record": json.dumps(dict(record))})
+            self._is_there(self.path)
+            metadata = {"identity": json.dumps(self.identity), "record": json.dumps(dict(record))}
+            save_tensors(self.path, tensors, metadata)
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """The saved (tensors, record), or None where there is none for this identity."""
-        if self.path is None or not self.path.exists():
+        """The saved (tensors, record), or None where there is none of this identity. Raises InputError naming a
+        damaged file, and one that is no checkpoint."""
+        if self.path is None or not self._is_there(self.path):
             return None
         tensors, metadata = load_tensors(self.path)
-        if metadata.get("identity") != self.identity:
-            return None
         return tensors, json.loads(metadata["record"])
+
+    def drop(self) -> None:
+        """Delete the state of this identity, and of no other."""
+        if self.path is not None and self._is_there(self.path):
+            self.path.unlink()
+
+    def _is_there(self, path: Path) -> bool:
+        """Whether the path holds this identity's state, once that of another has made room."""
+        there = _identity_at(path)
+        if there is not None and digest(there) != digest(self.identity):  # 1, 1.0 and True are equal otherwise
+            tell(path, there, self.identity)
+            path.replace(_aside(path, there))
+        if not path.exists() and _aside(path, self.identity).exists():
+            _aside(path, self.identity).replace(path)
+        return path.exists()
+
+
+def _aside(path: Path, identity: Identity) -> Path:
+    return path.with_name(f"{path.stem}-{digest(identity)}{path.suffix}")
+
+
+def _identity_at(path: Path) -> Identity | None:
+    """Whose state a file holds; None where there is no file."""
+    if not path.exists():
+        return None
+    if path.is_dir():
+        raise InputError(f"{path} is a folder: name a file for the checkpoint.")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = metadata_of(file)
+    except SafetensorError as error:
+        raise InputError(f"{path} is damaged ({error}): delete it and run its stage again.") from None
+    if not {"identity", "record"} <= metadata.keys():
+        raise InputError(f"{path} is not a checkpoint of Trimtab's: name another file.")
+    try:
+        return dict(json.loads(metadata["identity"]))
+    except (ValueError, TypeError):  # as it was written before identities had parts
+        return {"identity": f"sha256:{metadata['identity']}"}
 
 
 def training_tensors(model: Mapping[str, Tensor], optimiser: Optimizer) -> dict[str, Tensor]:

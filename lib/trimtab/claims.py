@@ -31,15 +31,23 @@ class Claim:
 
     def judge(self, effect: float, low: float, high: float, n: str) -> "Verdict":
         """Held where the whole 95 % interval [low, high] is on the claimed side, not held where all of it is on the
-        other, inconclusive where it spans the threshold. `n` says over what the interval was taken."""
+        other, inconclusive where it spans the threshold, and where something is not a number or the effect is not
+        finite, as after a run that diverged. `n` says over what the interval was taken."""
+        if not np.isfinite(effect) or np.isnan(low) or np.isnan(high):
+            return self._verdict("inconclusive", None, None, None, n)
         if not low <= effect <= high:
             raise InputError(f"{self.name}: effect {effect} lies outside its interval [{low}, {high}].")
         above, below = low > self.threshold, high < self.threshold
         claimed, opposed = (above, below) if self.direction == "above" else (below, above)
         outcome: Outcome = "held" if claimed else "not held" if opposed else "inconclusive"
-        rule = f"{self.direction} {self.threshold:g}"
         lowest, highest = (value if np.isfinite(value) else None for value in (low, high))
-        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, lowest, highest, n, self.control)
+        return self._verdict(outcome, effect, lowest, highest, n)
+
+    def _verdict(
+        self, outcome: Outcome, effect: float | None, low: float | None, high: float | None, n: str
+    ) -> "Verdict":
+        rule = f"{self.direction} {self.threshold:g}"
+        return Verdict(self.name, self.text, self.statistic, rule, outcome, effect, low, high, n, self.control)
 
 
 @dataclass(frozen=True)
@@ -51,7 +59,8 @@ class Verdict:
     statistic: str
     rule: str
     outcome: Outcome
-    effect: float
+    effect: float | None
+    """None: not a finite number."""
     low: float | None
     """None: unbounded, as JSON has no infinity."""
     high: float | None
@@ -114,6 +123,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> str:
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for v in verdicts:
         interval = "unbounded" if v.low is None or v.high is None else f"{v.low:.3g} to {v.high:.3g}"
-        found = f"**{v.outcome}** | {v.statistic} | {v.effect:.3g} | {interval} | {v.rule} | {v.n} | {v.control}"
+        effect = "none" if v.effect is None else f"{v.effect:.3g}"
+        found = f"**{v.outcome}** | {v.statistic} | {effect} | {interval} | {v.rule} | {v.n} | {v.control}"
         rows.append(f"| {v.text} | {found} |")
     return "\n".join(rows)

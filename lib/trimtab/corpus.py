@@ -14,6 +14,8 @@ from tqdm import tqdm
 
 from trimtab.checkpoint import file_sha256
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
+from trimtab.validation import at_least, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,14 +47,12 @@ class CorpusConfig:
     """Share of the groups of each source that goes to the test split, in (0, 0.5)."""
 
     def __post_init__(self) -> None:
-        if not 2 <= self.min_block_tokens <= self.block_tokens:
-            raise InputError(
-                f"corpus: min_block_tokens must lie between 2 and block_tokens = {self.block_tokens}, "
-                f"not {self.min_block_tokens}."
-            )
+        at_least(2, self, "block_tokens")
+        at_least(2, self, "min_block_tokens")
+        rule = f"at most `block_tokens` = {self.block_tokens}"
+        require(self.min_block_tokens <= self.block_tokens, "min_block_tokens", self.min_block_tokens, rule)
         for name in ("val_fraction", "test_fraction"):
-            if not 0 < getattr(self, name) < 0.5:
-                raise InputError(f"corpus: {name} must lie between 0 and 0.5, not {getattr(self, name)}.")
+            require(0 < getattr(self, name) < 0.5, name, getattr(self, name), "a number between 0 and 0.5")
 
 
 def split_documents(documents: pl.DataFrame, config: CorpusConfig, seed: int) -> pl.DataFrame:
@@ -168,6 +168,11 @@ def describe(documents: pl.DataFrame, blocks: pl.DataFrame) -> pl.DataFrame:
     )
 
 
+def read_blocks(path: Path) -> pl.DataFrame:
+    """What `token_blocks` made, without the characters' offsets."""
+    return read_parquet(path, columns=[name for name in BLOCKS if name not in ("char_start", "char_end")])
+
+
 class Blocks:
     """The token blocks of one split as a `datasets.Dataset`, and as padded batches in a fixed order."""
 
@@ -178,9 +183,7 @@ class Blocks:
         """
         if split not in SPLITS:
             raise InputError(f"{split!r} is not a split: {', '.join(SPLITS)}.")
-        if not path.is_file():
-            raise InputError(f"{path} is missing: run `dvc repro corpus`.")
-        chosen = pl.scan_parquet(path).filter(pl.col("split") == split).drop("char_start", "char_end").collect()
+        chosen = read_blocks(path).filter(pl.col("split") == split)
         table = chosen.sample(fraction=1.0, shuffle=True, seed=seed)
         if max_tokens is not None:
             table = table.filter(pl.col("length").cast(pl.Int64).cum_sum() <= max_tokens)

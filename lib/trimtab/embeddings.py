@@ -5,20 +5,27 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
-from trimtab.checkpoint import atomic, file_sha256, write_json
 from trimtab.errors import InputError
+from trimtab.files import atomic, write_json
 from trimtab.packages import fetch_artefact, recipe
-from trimtab.pretrained import DTYPES, SOURCE_FILE, ModelSource, hub_snapshot, load_tokenizer, model_folder
+from trimtab.pretrained import (
+    DTYPES,
+    SOURCE_FILE,
+    ModelSource,
+    hub_snapshot,
+    load_tokenizer,
+    load_weights,
+    model_folder,
+    weights_sha256,
+)
 
 MAX_TOKENS = 256
 """Longer texts are cut: the length to which sentence-transformers cuts them for all-MiniLM-L6-v2."""
@@ -43,8 +50,7 @@ def fetch_encoder(source: str, folder: Path) -> ModelSource:
         encoder = SentenceEncoder.load(local)
         encoder.model.save_pretrained(partial)
         encoder.tokenizer.save_pretrained(partial)
-        digest = file_sha256(partial / "model.safetensors")
-        described = ModelSource(source, revision, digest, licence, citation, note="")
+        described = ModelSource(source, revision, weights_sha256(partial), licence, citation, note="")
         write_json(partial / SOURCE_FILE, asdict(described))
     return described
 
@@ -63,15 +69,7 @@ class SentenceEncoder:
         Raises InputError where the folder is not an encoder with safetensors weights.
         """
         path = model_folder(folder)
-        options: dict[str, Any] = {"dtype": DTYPES[dtype], "output_loading_info": True}
-        try:
-            loaded: Any = AutoModel.from_pretrained(
-                path, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-            )
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise InputError(f"{path} does not load as a sentence encoder from safetensors: {reason}") from error
-        model, found = loaded
+        model, found = load_weights(AutoModel.from_pretrained, path, "a sentence encoder", dtype=DTYPES[dtype])
         # The pooler stands on the first token's state, which averaging does not use; many encoders come without one.
         lacking = sorted(key for key in found["missing_keys"] if "pooler" not in key)
         if lacking:

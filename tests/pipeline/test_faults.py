@@ -45,7 +45,7 @@ DISK = "mkdir -p disk && mount -t tmpfs -o size=4m tmpfs disk && cp -r .git .dvc
 
 def set_parameters(folder: Path, **values) -> None:
     (folder / "params.yaml").write_text(
-        yaml.safe_dump({"toy": {"length": 10, "seconds": 0.0, "fills": False} | values})
+        yaml.safe_dump({"toy": {"length": 10, "seconds": 0.0, "fills": False} | values}), encoding="utf-8"
     )
 
 
@@ -109,7 +109,7 @@ def test_of_two_runs_at_once_the_second_is_told_and_the_first_finishes(project):
         env=environment(project),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
-        text=True,
+        encoding="utf-8",
     )
     deadline = time.monotonic() + 300
     while not (project / "data/toy").exists():
@@ -130,10 +130,10 @@ def test_why_some_names_are_refused_to_parameters(project):
     """DVC's run cache takes no notice of a key `size`: the day this fails, `parameters.UNSEEN` can go."""
     command = "sleep 0; cp params.yaml made"
     stage = {"cmd": command, "params": ["toy"], "deps": ["notebooks/toy.ipynb"], "outs": ["made"]}
-    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": stage}}))
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": stage}}), encoding="utf-8")
     for name, again in (("size", []), ("width", ["toy"])):
         for value, expected in ((1, ["toy"]), (2, again)):
-            (project / "params.yaml").write_text(yaml.safe_dump({"toy": {name: value}}))
+            (project / "params.yaml").write_text(yaml.safe_dump({"toy": {name: value}}), encoding="utf-8")
             assert ran(call(project, "dvc", "repro").stdout) == expected
 
 
@@ -172,8 +172,13 @@ def test_a_renamed_notebook_is_named_and_its_record_kept(project):
         call(project, "dvc", "checkout").returncode == 0
     )  # a failed `dvc repro` takes outputs away, not from its cache
     assert read_record(project / "records/toy.ipynb").metadata.trimtab.status == "complete"
-    renamed = (project / "dvc.yaml").read_text().replace("toy.ipynb", "new.ipynb").replace("toy.log", "new.log")
-    (project / "dvc.yaml").write_text(renamed)
+    renamed = (
+        (project / "dvc.yaml")
+        .read_text(encoding="utf-8")
+        .replace("toy.ipynb", "new.ipynb")
+        .replace("toy.log", "new.log")
+    )
+    (project / "dvc.yaml").write_text(renamed, encoding="utf-8")
     assert call(project, "dvc", "repro").returncode == 0
     verified = call(project, "trimtab", "records", "verify")
     assert (verified.returncode, verified.stdout.splitlines()[-1]) == (0, "1 of 1 stages are fresh.")

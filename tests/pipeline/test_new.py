@@ -21,7 +21,7 @@ def project(root, tmp_path_factory) -> Path:
 
 
 def changed(project: Path) -> list[str]:
-    done = subprocess.run(["git", "status", "--porcelain", "-uall"], cwd=project, capture_output=True, text=True)
+    done = subprocess.run(["git", "status", "--porcelain", "-uall"], cwd=project, capture_output=True, encoding="utf-8")
     return sorted(line[3:] for line in done.stdout.splitlines())
 
 
@@ -44,7 +44,7 @@ def test_what_it_adds_passes_the_projects_own_checks(project, root):
     subprocess.run(["trimtab", "new", "word_use"], cwd=project, env=environment(project), check=True)
     added = ["notebooks/word_use.ipynb", "tests/test_word_use.py"]
     assert changed(project) == sorted(["conf/config.yaml", "conf/scale/smoke.yaml", "dvc.yaml", "params.yaml", *added])
-    diff = subprocess.run(["git", "diff", "--numstat"], cwd=project, capture_output=True, text=True, check=True)
+    diff = subprocess.run(["git", "diff", "--numstat"], cwd=project, capture_output=True, encoding="utf-8", check=True)
     assert all(line.split()[1] == "0" for line in diff.stdout.splitlines()), "lines were taken away"
     with pytest.raises(InputError, match="word_use is taken"):
         add_experiment(project, "word_use")
@@ -54,6 +54,8 @@ def test_what_it_adds_passes_the_projects_own_checks(project, root):
     shutil.copy(root / "records/README.md", project / "records")  # a copy begins without what was produced
     checks = ["pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "tests/test_hygiene.py", added[1]]
     checks += ["-k", "word_use or composed"]
-    done = subprocess.run(checks, cwd=project, env=environment(project), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        checks, cwd=project, env=environment(project), capture_output=True, encoding="utf-8", check=False
+    )
     assert done.returncode == 0, done.stdout
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 7, "the checks passed it over"

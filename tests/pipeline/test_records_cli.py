@@ -1,6 +1,5 @@
 """Records of a toy pipeline, run by DVC: listed, shown, compared, and believed only while everything still matches."""
 
-import json
 import re
 import shutil
 import subprocess
@@ -8,78 +7,24 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import yaml
 from rich.console import Console
-from typer.testing import CliRunner
 
 from tests.pages import HOSTILE, Reader
 from trimtab.errors import InputError
 from trimtab.pipeline.archive import find
-from trimtab.pipeline.cli import app
 from trimtab.pipeline.conditions import State, conditions
 from trimtab.pipeline.differences import Difference, page, render
 from trimtab.pipeline.overview import COLOURS, picture, sources_of, table
 from trimtab.pipeline.records import FORMAT, read_record
 
-from .toy import call, make, succeed
-
-PARAMETERS = 'lr: float = 0.1\ndecay: float = 0.1\nfails: bool = False\nout: str = "out"\nresults: str = "results.json"'
-WORK = """
-import json
-from pathlib import Path
-assert not fails, "as asked"
-Path(out).parent.mkdir(exist_ok=True)
-Path(out).write_text(str(lr))
-claim = {"name": "c", "text": "It works", "statistic": "ratio", "rule": "above 0",
-         "outcome": "held" if lr > 0.3 else "not held", "effect": lr, "low": lr - 0.1, "high": None, "n": "3 seeds"}
-Path(results).parent.mkdir(parents=True, exist_ok=True)
-Path(results).write_text(json.dumps({"metrics": {"rows": 3, "arm": {"k=2": lr}}, "claims": [claim]}))
-print("lr is", lr)
-"""
-
-
-def set_parameters(folder: Path, **values) -> None:
-    """`decay` is a number that DVC writes as 1e-05, a string to readers of YAML 1.1."""
-    (folder / "params.yaml").write_text(yaml.safe_dump({"toy": {"lr": 0.25, "decay": 1e-05, "fails": False} | values}))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """Two commits, each with its run: a learning rate of 0.25, then one of 0.5."""
-    folder = tmp_path_factory.mktemp("toy") / "toy"
-    make(folder, PARAMETERS, WORK)
-    for lr in (0.25, 0.5):
-        set_parameters(folder, lr=lr)
-        succeed(folder, "dvc", "repro", "--quiet")
-        succeed(folder, "git", "add", "--all")
-        identity = ["-c", "user.name=toy", "-c", "user.email=toy@localhost"]
-        succeed(folder, "git", *identity, "commit", "--quiet", "-m", str(lr))
-    return folder
+from .recorded import ask, change, commit_all, set_parameters
+from .toy import call
 
 
 @pytest.fixture
-def project(made, tmp_path, monkeypatch) -> Path:
+def project(copied) -> Path:
     """A copy to do harm to."""
-    folder = tmp_path / "copy"
-    shutil.copytree(made, folder, symlinks=True)
-    monkeypatch.chdir(folder)
-    return folder
-
-
-def ask(*arguments: str) -> tuple[int, str]:
-    result = CliRunner().invoke(app, ["records", *arguments], env={"COLUMNS": "160"})
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.stdout
-
-
-def change(project: Path, edit) -> None:
-    """Edit the record in place, as somebody with an editor would."""
-    path = project / "records/toy.ipynb"
-    record = json.loads(path.read_text())
-    edit(record)
-    path.unlink()  # it may be a link into DVC's cache
-    path.write_text(json.dumps(record))
+    return copied
 
 
 def test_what_the_pipeline_made_is_fresh(project):
@@ -93,7 +38,9 @@ def test_records_are_listed_with_their_claims_and_commits(project):
     row = next(line for line in shown.splitlines() if " toy " in line)
     assert "fresh" in row
     assert "1 held" in row
-    head = subprocess.run(["git", "rev-parse", "--short=12", "HEAD~1"], capture_output=True, text=True, check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "--short=12", "HEAD~1"], capture_output=True, encoding="utf-8", check=True
+    )
     assert head.stdout.strip() in row  # it was run before it was committed
 
 
@@ -123,18 +70,46 @@ def test_an_altered_record_is_named(project):
 
 def test_altered_results_are_named(project):
     path = project / "data/results/toy.json"
-    path.write_text(path.read_text().replace('"held"', '"not held"'))
+    path.write_text(path.read_text(encoding="utf-8").replace('"held"', '"not held"'), encoding="utf-8")
     (found,) = conditions(project)
     assert found.state == "altered"
     assert found.reasons == ("data/results/toy.json is not what its run wrote",)
 
 
 def test_a_record_of_other_parameters_is_named_even_where_dvc_was_told_to_take_it(project):
-    change(project, lambda record: record["metadata"]["trimtab"]["parameters"].update(lr=0.75))
-    succeed(project, "dvc", "commit", "--force", "--quiet")
+    change(project, lambda record: record["metadata"]["trimtab"]["parameters"].update(lr=0.75), sign=True)
+    commit_all(project)
     (found,) = conditions(project)
     assert found.state == "altered"
     assert found.reasons == ("the record was run with lr = 0.75, dvc.lock has 0.5",)
+
+
+def test_what_a_record_says_of_itself_is_text_to_the_terminal(project):
+    def edit(record):
+        (cell,) = [cell for cell in record["cells"] if "provenance" in cell["metadata"].get("tags", [])]
+        rows = "| commit | `[red]0123[/red]` |\n| wall time | [/] \x1b[31m\x07 |\n| [b]x | [bold]y |\n"
+        cell["source"] = rows + "| |"
+        record["cells"][0]["source"] = "# [link=https://example.org]A toy[/link]"
+
+    change(project, edit, sign=True)
+    for command in (("list",), ("show", "toy"), ("diff", "toy")):
+        code, shown = ask(*command)
+        assert code == 0
+        assert "\x1b" not in shown
+        assert "[/" in shown
+    assert "[red]0123[/red]" in ask("list")[1]
+
+
+def test_a_page_replaces_a_page_and_nothing_else(project):
+    (project / "notes.html").write_text("mine", encoding="utf-8")
+    (project / "docs").mkdir()
+    for name in ("notes.html", "docs"):
+        with pytest.raises(InputError, match=name):
+            ask("diff", "toy", "--html", name)
+    assert (project / "notes.html").read_text(encoding="utf-8") == "mine"
+    assert (project / "docs").is_dir()
+    for _ in range(2):
+        assert ask("diff", "toy", "--html", "page.html")[0] == 0
 
 
 def test_a_record_from_a_newer_version_is_refused_in_one_sentence(project):
@@ -159,7 +134,12 @@ def test_a_notebook_that_is_no_record_is_refused(project):
     ("harm", "reason"),
     [
         (lambda p: set_parameters(p, lr=0.75), "params.yaml"),
-        (lambda p: (p / "notebooks/toy.ipynb").write_text((p / "notebooks/toy.ipynb").read_text() + "\n"), "toy.ipynb"),
+        (
+            lambda p: (p / "notebooks/toy.ipynb").write_text(
+                (p / "notebooks/toy.ipynb").read_text(encoding="utf-8") + "\n", encoding="utf-8"
+            ),
+            "toy.ipynb",
+        ),
         (lambda p: (p / "notebooks/toy.ipynb").rename(p / "notebooks/other.ipynb"), "notebooks/toy.ipynb deleted"),
     ],
 )
@@ -189,7 +169,7 @@ def test_what_is_missing_or_was_never_run_is_named(project):
     (project / "dvc.lock").unlink()
     (found,) = conditions(project)
     assert (found.state, found.reasons) == ("never run", ("make it with `dvc repro toy`",))
-    (project / "dvc.lock").write_text("no: lock\n")
+    (project / "dvc.lock").write_text("no: lock\n", encoding="utf-8")
     with pytest.raises(InputError, match=r"dvc\.lock"):
         conditions(project)
 
@@ -249,11 +229,13 @@ def test_the_page_of_a_difference_is_one_file_in_which_nothing_acts(project):
         console.print(render(difference))
     assert not set("\x1b\u202e\u2066\u200b\x00\x9b") & set(captured.get())
     assert ask("diff", "toy", "--html", "page.html")[0] == 0
-    assert "<html" in (project / "page.html").read_text()
+    assert "<html" in (project / "page.html").read_text(encoding="utf-8")
 
 
 def test_the_commands_of_the_readme_do_what_it_says(project, root):
-    commands = re.findall(r"^trimtab (records .*?)(?:  +#.*)?$", (root / "README.md").read_text(), re.MULTILINE)
+    commands = re.findall(
+        r"^trimtab (records .*?)(?:  +#.*)?$", (root / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert len(commands) == 5
     shutil.copyfile(project / "records/toy.ipynb", project / "old.ipynb")
     for command in commands:

@@ -21,7 +21,9 @@ IGNORED = "/data/toy\n/records/*.ipynb\n/records/*.log\n/scratch\n__pycache__\n"
 
 
 def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, check=False)
+    return subprocess.run(
+        command, cwd=folder, env=environment(folder), capture_output=True, encoding="utf-8", check=False
+    )
 
 
 def succeed(folder: Path, *command: str) -> None:
@@ -34,7 +36,7 @@ def make(folder: Path, parameters: str, work: str) -> None:
     cells = [new_code_cell(parameters, metadata={"tags": ["parameters"]}), new_code_cell(work)]
     (folder / "notebooks").mkdir(parents=True)
     nbformat.write(new_notebook(cells=[new_markdown_cell("# A toy"), *cells]), folder / "notebooks/toy.ipynb")
-    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": STAGE}}))
-    (folder / ".gitignore").write_text(IGNORED)
+    (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"toy": STAGE}}), encoding="utf-8")
+    (folder / ".gitignore").write_text(IGNORED, encoding="utf-8")
     succeed(folder, "git", "init", "--quiet")
     succeed(folder, "dvc", "init", "--quiet")

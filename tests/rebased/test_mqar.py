@@ -58,5 +58,5 @@ def test_equal_seeds_give_equal_rows_and_others_do_not(batch):
 def test_pairs_that_do_not_fit_are_refused():
     with pytest.raises(InputError, match="at least 68 tokens"):
         recall(1, 64, 17, 128, torch.Generator())
-    with pytest.raises(InputError, match="vocabulary of at least 34"):
+    with pytest.raises(InputError, match="`vocabulary` of at least 34"):
         recall(1, 64, 16, 32, torch.Generator())

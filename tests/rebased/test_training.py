@@ -155,9 +155,9 @@ class TestText:
         groups = {split: torch.zeros(1, dtype=torch.int32) for split in tokens}
         Text(tokens, groups, dict.fromkeys(tokens, 1), 16).save(tmp_path / "text", Tokenizer(models.BPE()))
         job = ("rebased", 1e-2, 1, 960)
-        run = partial(pretraining.run_job, TEXT, str(tmp_path / "text"), str(tmp_path / "kept"), "cpu")
-        (history,) = each(run, [job], tmp_path / "jobs", workers=2)
-        kept = LanguageModel.load(pretraining.model_of(str(tmp_path / "kept"), *job))
+        run = partial(pretraining.run_job, TEXT, str(tmp_path / "text"), "cpu")
+        (found,) = each(run, [job], tmp_path / "jobs", workers=2, places=True)
+        kept, history = LanguageModel.load(tmp_path / "jobs" / found["model"]), found["history"]
         source = Text.load(tmp_path / "text")
         cut, valid = (source.blocks(split, TEXT.block_tokens) for split in ("train", "val"))
         valid = valid[spread(len(valid), TEXT.valid_blocks)]

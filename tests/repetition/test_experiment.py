@@ -99,7 +99,7 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     made = bench()
     found = sweep(made, made.policy(), tmp_path)
     assert found.table["learning_rate"].to_list() == [0.01, 0.03]
-    assert len(list(tmp_path.glob("seed-0-rate-*.safetensors"))) == 1  # of the rate not chosen nothing is kept
+    assert len(list(tmp_path.glob("*/seed-0-rate-*.safetensors"))) == 1  # of the rate not chosen nothing is kept
     readings = reading.read_all(made, found, tmp_path)
     assert readings.texts["seed"].unique().to_list() == [0, 1]
     assert readings.texts.group_by("domain", "decoder", "seed").len().sort("domain", "decoder", "seed").rows() == [
@@ -109,12 +109,12 @@ def test_an_arm_is_swept_trained_and_read_and_goes_on_where_it_was(bench, tmp_pa
     ]  # fmt: skip
     assert set(map(len, readings.texts["tokens"])) == {10}
     assert readings.validations["kept"].sum() == 2
-    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")}
+    stamps = {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*.parquet")}
     monkeypatch.setattr(Bench, "train", lambda *_: pytest.fail("trained again"))
     again_swept = sweep(made, made.policy(), tmp_path)
     assert again_swept.table.equals(found.table)
     again = reading.read_all(made, again_swept, tmp_path)
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*")} == stamps
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("seed-*/*.parquet")} == stamps
     assert again.texts.equals(readings.texts)
     out = tmp_path / "out"
     out.mkdir()

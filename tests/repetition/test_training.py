@@ -203,20 +203,20 @@ def test_vectors_and_biases_do_not_decay(model_folder):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("updates", 0, "updates must be positive"),
-        ("readings", 9, "at most updates"),
-        ("n", 13, "holds no 13-gram"),
+        ("updates", 0, "`updates` must be a whole number, at least 1, not 0"),
+        ("readings", 9, "`readings` must be at most `updates` = 8"),
+        ("n", 13, "`n` must be at most `tokens` = 12"),
         ("rollout_temperature", 0.7, "must be 0 .greedy. or 1"),
-        ("weight_decay", -1.0, "must not be negative"),
+        ("weight_decay", -1.0, "`weight_decay` must be a number of 0 or more"),
         ("max_grad_norm", 0.0, "max_grad_norm"),
         ("learning_rates", (), "learning_rates"),
-        ("seeds", (1, 1), "distinct"),
+        ("seeds", (1, 1), "each of them once"),
         ("decoders", ("beam-2",), "greedy"),
         ("domains", (), "domains"),
-        ("dtype", "float16", "bfloat16 or float32"),
+        ("dtype", "float16", "one of bfloat16, float32"),
         ("test_prefixes", 0, "test_prefixes"),
-        ("decoder_prefixes", 65, "at most test_prefixes = 64, not 65"),
-        ("sentences", -1, "must not be negative"),
+        ("decoder_prefixes", 65, "at most `test_prefixes` = 64, not 65"),
+        ("sentences", -1, "`sentences` must be a whole number, at least 0"),
     ],
 )
 def test_bad_parameters_are_named(field, value, message):

@@ -274,9 +274,9 @@ def test_each_prompt_comes_once_an_epoch():
     [
         ({"estimator": "ppo"}, "rloo"),
         ({"group": 1}, "at least 2"),
-        ({"updates": 0}, "updates must be positive"),
+        ({"updates": 0}, "`updates` must be a whole number, at least 1"),
         ({"temperature": 0.0}, "temperature"),
-        ({"kl": -1.0}, "kl must not be negative"),
+        ({"kl": -1.0}, "`kl` must be a number of 0 or more"),
     ],
 )
 def test_bad_configurations_are_refused(wrong, says):

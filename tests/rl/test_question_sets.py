@@ -10,6 +10,7 @@ from trimtab.errors import InputError
 from trimtab.rl.question_sets import QUESTION_SETS, QuestionSet
 from trimtab.rl.tasks import BOXED, SPLITS, open_task, split_of
 
+GOOD = '{"question": "Why?", "answer": "1"}'
 ROWS = [{"question": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(200)]
 
 
@@ -17,7 +18,7 @@ def write(path, rows):
     if path.suffix == ".parquet":
         pl.DataFrame(rows).write_parquet(path)
     else:
-        path.write_text("\n".join(map(json.dumps, rows)))
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     return str(path)
 
 
@@ -107,15 +108,30 @@ def test_named_columns_and_another_verifier(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"question": "x"}', r"a.jsonl: row 0 has no column `answer`; it has question"),
-        ("a.jsonl", '{"question": ', "Cannot read .*a.jsonl"),
-        ("a.parquet", "question", "Cannot read .*a.parquet"),
+        ("a.jsonl", '{"question": "x"}', r"a.jsonl: line 1 has no column `answer`; it has question"),
+        ("a.jsonl", '{"question": ', "Cannot read .*a.jsonl, line 1: not JSON"),
+        ("a.parquet", "question", "Cannot read .*a.parquet, no whole parquet file"),
+        ("a.jsonl", "", r"a\.jsonl holds no rows"),
+        ("a.jsonl", f'{GOOD}\n{{"answer": "x"}}', r"line 2 has no column `question`; it has answer"),
+        ("a.jsonl", f'{GOOD}\n"x"', r"a\.jsonl, line 2: a string where an object with named columns"),
+        ("a.jsonl", f"{GOOD}\n\n[1]", r"a\.jsonl, line 3: a list where an object with named columns"),
+        ("a.jsonl", f'{GOOD}\n{{"question": {{}}, "answer": 1}}', "line 2 has a `question` that is an object"),
+        ("a.jsonl", f'{GOOD}\n{{"question": 5, "answer": 1}}', "line 2 has a `question` that is a number"),
+        ("a.jsonl", f'{GOOD}\n{{"question": "q", "answer": {{}}}}', "line 2 has an `answer` that is an object"),
+        ("a.jsonl", f'{GOOD}\n{{"question": "q", "answer": [[]]}}', "an `answer` that is a list in a list"),
+        ("a.jsonl", '{"question": "\udce4"}', r"a\.jsonl, line 1: not in UTF-8"),
     ],
 )
 def test_bad_files_are_named(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(InputError, match=message):
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(InputError, match=message) as caught:
         open_task(str(tmp_path / name)).items("train", 1, seed=0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_without_a_network_a_set_of_the_hub_is_said_to_be_out_of_reach():
+    with pytest.raises(InputError, match="Cannot fetch hub:org/set@main, the hub cannot be reached from here"):
+        open_task("hub:org/set@main").items("train", 1, seed=0)
 
 
 def test_the_hub_path_reads_a_data_set_with_its_splits(tmp_path):
@@ -132,7 +148,7 @@ def test_the_hub_path_reads_a_data_set_with_its_splits(tmp_path):
 def test_a_hub_source_needs_a_revision_and_a_set(tmp_path):
     with pytest.raises(InputError, match="is not a hub source: write hub:org/name@revision"):
         open_task("hub:openai/gsm8k")
-    with pytest.raises(InputError, match="Cannot read hub:nobody/nothing@main"):
+    with pytest.raises(InputError, match="Cannot fetch hub:nobody/nothing@main"):
         open_task("hub:nobody/nothing@main").items("train", 1, seed=0)
 
 

@@ -197,8 +197,12 @@ class TestGuard:
     def test_a_worker_that_does_not_start_is_no_wrong_answer(self, tmp_path):
         """A script without a main guard is run again by its own worker."""
         script = tmp_path / "script.py"
-        script.write_text("from trimtab.rl.verify import boxed\nprint(boxed(r'\\boxed{0.5}', '1/2'))\n")
-        done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=5 * HANG_S)
+        script.write_text(
+            "from trimtab.rl.verify import boxed\nprint(boxed(r'\\boxed{0.5}', '1/2'))\n", encoding="utf-8"
+        )
+        done = subprocess.run(
+            [sys.executable, script], capture_output=True, encoding="utf-8", check=False, timeout=5 * HANG_S
+        )
         assert done.returncode != 0
         assert "does not start: in a script, keep what runs under" in done.stderr
 

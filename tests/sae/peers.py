@@ -72,7 +72,9 @@ def dictionary_learning(folder: Path) -> dict[str, nn.Module]:
         place = folder / f"dictionary_learning-{name}"
         place.mkdir()
         torch.save(sae.state_dict(), place / "ae.pt")
-        (place / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind.__name__, "k": K}, "buffer": {}}))
+        (place / "config.json").write_text(
+            json.dumps({"trainer": {"dict_class": kind.__name__, "k": K}, "buffer": {}}), encoding="utf-8"
+        )
     return made
 
 

@@ -57,8 +57,8 @@ def untied(sae: SAE, k: int) -> torch.Tensor:
 
 
 def rewrite(folder: Path, **changes: object) -> None:
-    config = json.loads((folder / "cfg.json").read_text()) | changes
-    (folder / "cfg.json").write_text(json.dumps(config))
+    config = json.loads((folder / "cfg.json").read_text(encoding="utf-8")) | changes
+    (folder / "cfg.json").write_text(json.dumps(config), encoding="utf-8")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def exchanged(tmp_path_factory) -> tuple[Path, dict[str, torch.Tensor]]:
     save_file({str(d): inputs(d) for d in (16, 576)}, folder / "inputs.safetensors")
     script = Path(__file__).with_name("peers.py")
     eager = os.environ | {"SPARSIFY_DISABLE_TRITON": "1"}  # it would be used wherever triton is installed
-    done = subprocess.run([PEERS, script, folder], capture_output=True, text=True, check=False, env=eager)
+    done = subprocess.run([PEERS, script, folder], capture_output=True, encoding="utf-8", check=False, env=eager)
     assert done.returncode == 0, done.stderr
     return folder, load_file(folder / "outputs.safetensors")
 
@@ -144,12 +144,12 @@ class TestRoundTrip:
         }  # fmt: skip
 
     def test_a_version_5_configuration_is_understood(self, exported):
-        config = json.loads((exported / "cfg.json").read_text())
+        config = json.loads((exported / "cfg.json").read_text(encoding="utf-8"))
         for key in ("k", "metadata", "rescale_acts_by_decoder_norm"):
             del config[key]
         old = {"architecture": "standard", "activation_fn_str": "topk", "activation_fn_kwargs": {"k": 4},
                "normalize_activations": False}  # fmt: skip
-        (exported / "cfg.json").write_text(json.dumps(config | old))
+        (exported / "cfg.json").write_text(json.dumps(config | old), encoding="utf-8")
         torch.testing.assert_close(reconstruct(import_saelens(exported)), reconstruct(random_sae(), 4))
 
     def test_decoder_norms_of_zero_give_zeros_and_no_nan(self, exported):
@@ -209,7 +209,9 @@ class TestRefusals:
             import_saelens(exported)
 
     def test_a_pickle_that_asks_for_more_than_tensors(self, tmp_path):
-        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": "AutoEncoderTopK"}}))
+        (tmp_path / "config.json").write_text(
+            json.dumps({"trainer": {"dict_class": "AutoEncoderTopK"}}), encoding="utf-8"
+        )
         torch.save({"k": Path("anything")}, tmp_path / "ae.pt")
         with pytest.raises(InputError, match="more than tensors"):
             import_dictionary_learning(tmp_path)
@@ -219,12 +221,12 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", ["GatedAutoEncoder", "MatryoshkaBatchTopKSAE", None])
     def test_other_classes_of_dictionary_learning(self, tmp_path, kind):
-        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind}}))
+        (tmp_path / "config.json").write_text(json.dumps({"trainer": {"dict_class": kind}}), encoding="utf-8")
         with pytest.raises(InputError, match="AutoEncoderTopK and BatchTopKSAE"):
             import_dictionary_learning(tmp_path)
 
     @pytest.mark.parametrize("changes", [{"activation": "groupmax"}, {"transcode": True}, {"skip_connection": True}])
     def test_other_coders_of_sparsify(self, tmp_path, changes):
-        (tmp_path / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 5} | changes))
+        (tmp_path / "cfg.json").write_text(json.dumps({"activation": "topk", "k": 5} | changes), encoding="utf-8")
         with pytest.raises(InputError, match="topk autoencoders"):
             import_sparsify(tmp_path)

@@ -211,16 +211,16 @@ def test_differences_by_hand():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"seeds": ()}, "seeds must name at least one seed"),
-        ({"seeds": (1, 1)}, "and each once"),
-        ({"buckets": (8, 8)}, "buckets must be positive and ascending"),
-        ({"buckets": (0, 8)}, "buckets must be positive and ascending"),
-        ({"arms": ("topk-64",)}, "arms must be topk-64 and hierarchical-64, as the last bucket ends at 64"),
-        ({"buckets": (8, 32)}, "arms must be topk-32 and hierarchical-32"),
-        ({"examples": 1}, "examples must be at least 2, not 1"),
-        ({"window": 1}, "window must be at least 2, not 1"),
-        ({"pool": 95}, "pool must be at least 6 x examples = 96, not 95"),
-        ({"encoder_dtype": "int8"}, "encoder_dtype must be one of float32, bfloat16, float16, not 'int8'"),
+        ({"seeds": ()}, "`seeds` must be a list of at least one item"),
+        ({"seeds": (1, 1)}, "each of them once"),
+        ({"buckets": (8, 8)}, r"`buckets` must be a list .*, each of them once"),
+        ({"buckets": (0, 8)}, "`buckets` must be a list of whole numbers of at least 1"),
+        ({"arms": ("topk-64",)}, "`arms` must be hierarchical-64 and topk-64, as `buckets` ends at 64"),
+        ({"buckets": (8, 32)}, "`arms` must be hierarchical-32 and topk-32"),
+        ({"examples": 1}, "`examples` must be a whole number, at least 2, not 1"),
+        ({"window": 1}, "`window` must be a whole number, at least 2, not 1"),
+        ({"pool": 95}, "`pool` must be at least 6 times `examples`, which is 96, not 95"),
+        ({"encoder_dtype": "int8"}, "`encoder_dtype` must be one of float32, bfloat16, float16, not 'int8'"),
     ],
 )
 def test_bad_configurations_are_named(changes, message):

@@ -105,16 +105,19 @@ def test_saving_keeps_weights_budget_kind_and_thresholds(tmp_path, jump):
     assert torch.equal(read.decode(read.encode(x)), sae.decode(sae.encode(x)))
     assert (read.k, read.thresholds) == (5, {3: 0.25})
     assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == ["config.json", "sae.safetensors"]
-    assert json.loads((tmp_path / "sae/config.json").read_text())["metadata"] == {"site": 3, "arm": "topk-5"}
+    assert json.loads((tmp_path / "sae/config.json").read_text(encoding="utf-8"))["metadata"] == {
+        "site": 3,
+        "arm": "topk-5",
+    }
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
     make().save_pretrained(tmp_path / "sae")
-    config = json.loads((tmp_path / "sae/config.json").read_text())
-    (tmp_path / "sae/config.json").write_text(json.dumps(config | {"latents": 41}))
+    config = json.loads((tmp_path / "sae/config.json").read_text(encoding="utf-8"))
+    (tmp_path / "sae/config.json").write_text(json.dumps(config | {"latents": 41}), encoding="utf-8")
     with pytest.raises(InputError, match=r"sae\.safetensors does not fit config\.json"):
         SAE.from_pretrained(tmp_path / "sae")
-    (tmp_path / "sae/config.json").write_text(json.dumps({"architecture": "topk"}))
+    (tmp_path / "sae/config.json").write_text(json.dumps({"architecture": "topk"}), encoding="utf-8")
     with pytest.raises(InputError, match="is not an SAE of Trimtab's format"):
         SAE.from_pretrained(tmp_path / "sae")
     with pytest.raises(InputError, match="is missing"):

@@ -210,14 +210,14 @@ class TestProbe:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("folds", 1, "folds must be at least 2, not 1"),
-            ("shuffles", 0, "shuffles must be positive"),
-            ("budgets", (64, 8), r"budgets must ascend, not \[64, 8\]"),
-            ("sparsities", (), "sparsities must be positive integers"),
+            ("folds", 1, "`folds` must be a whole number, at least 2, not 1"),
+            ("shuffles", 0, "`shuffles` must be a whole number, at least 1, not 0"),
+            ("budgets", (64, 8), r"`budgets` must be a list in ascending order, not \[64, 8\]"),
+            ("sparsities", (), "`sparsities` must be a list of at least one item"),
         ],
     )
     def test_misuse_is_named(self, field, value, message):
-        with pytest.raises(InputError, match=f"sae_probe: {message}"):
+        with pytest.raises(InputError, match=message):
             ProbeConfig(**{field: value})
 
 

@@ -157,5 +157,5 @@ def test_saes_of_the_first_seed_are_read_and_must_share_a_site(tmp_path, sae):
 
 @pytest.mark.parametrize("wrong", [{"tokens": 0}, {"batch_blocks": 0}, {"budgets": ()}, {"budgets": (0, 1)}])
 def test_a_wrong_configuration_names_the_field(wrong):
-    with pytest.raises(InputError, match=f"sae_splice: {next(iter(wrong))} must be positive"):
+    with pytest.raises(InputError, match=f"`{next(iter(wrong))}` must be a"):
         SpliceConfig(**wrong)

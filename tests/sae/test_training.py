@@ -198,13 +198,13 @@ def test_arms_that_do_not_fit_are_refused_before_training():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "steps must be positive"),
-        ({"learning_rates": ()}, "learning_rates must be positive"),
-        ({"seeds": (1, 1)}, "seeds must be distinct"),
-        ({"budgets": (1, 5000)}, "between 1 and latents"),
-        ({"dead_after": 0}, "dead_after must be positive"),
-        ({"auxiliary": -1.0}, "auxiliary must not be negative"),
-        ({"precision": "fp8"}, "precision must be"),
+        ({"steps": 0}, "`steps` must be a whole number, at least 1, not 0"),
+        ({"learning_rates": ()}, "`learning_rates` must be a list"),
+        ({"seeds": (1, 1)}, "`seeds` must be a list .*, each of them once"),
+        ({"budgets": (1, 5000)}, "`budgets` must be at most `latents` = 2048"),
+        ({"dead_after": 0}, "`dead_after` must be a whole number"),
+        ({"auxiliary": -1.0}, "`auxiliary` must be a number of 0 or more"),
+        ({"precision": "fp8"}, "`precision` must be one of bfloat16, float32"),
     ],
 )
 def test_configuration_is_checked(changes, message):

@@ -335,9 +335,9 @@ class TestReadings:
     ("wrong", "says"),
     [
         ({"learning_rates": ()}, "learning_rates"),
-        ({"seeds": (1, 1)}, "distinct"),
-        ({"dtype": "int8"}, "bfloat16 or float32"),
-        ({"samples": -1}, "must not be negative"),
+        ({"seeds": (1, 1)}, "each of them once"),
+        ({"dtype": "int8"}, "one of bfloat16, float32"),
+        ({"samples": -1}, "`samples` must be a whole number, at least 0"),
         ({"group": 1}, "at least 2"),
     ],
 )

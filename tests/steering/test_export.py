@@ -94,7 +94,7 @@ def test_vectors_of_another_model_are_refused(saved, another, model_folder, tmp_
         ("num_hidden_layers", 2, "layers expected 3, found 2"),
         ("hidden_size", 32, "d_model expected 16, found 32"),
     ):
-        config = json.loads((model_folder / "config.json").read_text())
+        config = json.loads((model_folder / "config.json").read_text(encoding="utf-8"))
         write_json(another / "config.json", config | {key: value})
         with pytest.raises(InputError, match=message):
             load_vectors(saved, another)

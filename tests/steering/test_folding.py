@@ -132,7 +132,7 @@ def test_the_dtype_is_kept_or_chosen(folder_of, tmp_path):
 def test_the_tokenizer_and_the_generation_config_come_along(folder_of, tmp_path):
     folder = folder_of("llama")
     write_json(folder / "generation_config.json", {"bos_token_id": 0, "eos_token_id": 1, "max_new_tokens": 7})
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    (folder / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     out = tmp_path / "folded"
     fold(filled([1]), folder, out)
     assert tokenizer_digest(out) == tokenizer_digest(folder)
@@ -206,7 +206,7 @@ def test_bad_targets_and_vectors_are_refused(folder_of, tmp_path):
     made.scale = float("nan")
     with pytest.raises(InputError, match="not finite"):
         fold(made, folder, tmp_path / "folded")
-    assert json.loads((folder / "config.json").read_text())["mlp_bias"] is False
+    assert json.loads((folder / "config.json").read_text(encoding="utf-8"))["mlp_bias"] is False
     with pytest.raises(InputError, match="allowed"):
         fold(filled([1]), folder, tmp_path / "folded", tolerance=-1.0)
     with pytest.raises(InputError, match="auto, float32"):

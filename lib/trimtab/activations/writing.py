@@ -1,6 +1,7 @@
 """Writing the activation cache: one pass through the model, resumable at any moment, the same bytes either way."""
 
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,16 +12,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trimtab.activations.reading import CHUNK, ActivationCache, SiteStatistics
-from trimtab.checkpoint import file_sha256, fingerprint, load_tensors, read_json, remove, save_tensors, write_json
+from trimtab.checkpoint import file_sha256, fingerprint, load_tensors, read_json, save_tensors, write_json
 from trimtab.corpus import Batch, Blocks
 from trimtab.errors import InputError
 from trimtab.interventions import capture, device_of
+from trimtab.validation import at_least, listed, one_of, require
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
 FORMAT = 1
 OUTLIER_FACTOR = 4.0
+OWN = re.compile(r"shard-\d{5,}\.safetensors|means\.safetensors")
+"""Names of the files of a cache that are not finished without a journal."""
 
 
 @dataclass(frozen=True)
@@ -43,18 +47,11 @@ class ActivationsConfig:
     """Precision of the forward pass: bfloat16 or float32. The cache itself is bf16."""
 
     def __post_init__(self) -> None:
-        if not self.sites or len(set(self.sites)) != len(self.sites):
-            raise InputError(f"activations: sites must be distinct block indices, not {list(self.sites)}.")
-        for name in ("train_tokens", "test_tokens", "val_tokens", "batch_blocks", "shard_blocks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"activations: {name} must be positive, not {getattr(self, name)}.")
-        if self.shard_blocks % self.batch_blocks:
-            raise InputError(
-                f"activations: shard_blocks must be a multiple of batch_blocks = {self.batch_blocks}, "
-                f"not {self.shard_blocks}."
-            )
-        if self.compute_dtype not in ("bfloat16", "float32"):
-            raise InputError(f"activations: compute_dtype must be bfloat16 or float32, not {self.compute_dtype!r}.")
+        listed(self, "sites", least=0)
+        at_least(1, self, "train_tokens", "test_tokens", "val_tokens", "batch_blocks", "shard_blocks")
+        rule = f"a multiple of `batch_blocks` = {self.batch_blocks}"
+        require(self.shard_blocks % self.batch_blocks == 0, "shard_blocks", self.shard_blocks, rule)
+        one_of(("bfloat16", "float32"), self, "compute_dtype")
 
 
 def write_cache(
@@ -129,7 +126,7 @@ def _rows(batch: Batch, captured: dict[int, Tensor]) -> dict[str, Tensor]:
 
 
 def _resume(folder: Path, mark: str) -> list[dict[str, Any]]:
-    """The shards that an earlier, interrupted call finished; what it left half-done is deleted."""
+    """The shards that an earlier, interrupted call finished; one that it left without an entry is written again."""
     journal = folder / "journal.json"
     done: list[dict[str, Any]] = []
     if journal.exists():
@@ -139,10 +136,10 @@ def _resume(folder: Path, mark: str) -> list[dict[str, Any]]:
         for shard in done:
             if not (folder / shard["name"]).is_file() or file_sha256(folder / shard["name"]) != shard["sha256"]:
                 raise InputError(f"{folder / shard['name']} is damaged or missing: delete {folder} and run again.")
-    named = {shard["name"] for shard in done} | {"journal.json"}
-    for path in folder.iterdir():
-        if path.name not in named:
-            remove(path)
+    elif foreign := [path for path in folder.glob("*") if OWN.fullmatch(path.name)]:
+        raise InputError(f"{foreign[0]} is of no capture that goes on here: name an empty folder, or remove it first.")
+    else:
+        write_json(journal, {"fingerprint": mark, "shards": []})
     return done
 
 

@@ -10,7 +10,7 @@ from nbformat import NotebookNode
 
 from trimtab.claims import Verdict
 from trimtab.errors import InputError
-from trimtab.pipeline.records import BANNER, PROVENANCE, parse_record, provenance_of, read_record, title_of
+from trimtab.pipeline.records import BANNER, PROVENANCE, is_altered, parse_record, provenance_of, read_record, title_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,11 @@ class Filed:
         """Whether it holds its parameters and results; early ones do not."""
         return "results" in self.about
 
+    @cached_property
+    def altered(self) -> bool:
+        """Whether somebody has changed it since its run."""
+        return is_altered(self.record)
+
     @property
     def parameters(self) -> dict[str, Any]:
         """What the notebook was run with."""
@@ -65,6 +70,8 @@ class Filed:
 
 def effect_of(verdict: Verdict) -> str:
     """Effect and interval, as `0.396 (0.275 to 0.517)`."""
+    if verdict.effect is None:
+        return "no number"
     if verdict.low is None and verdict.high is None:
         return f"{verdict.effect:.3g} (unbounded)"
     low, high = ("unbounded" if each is None else f"{each:.3g}" for each in (verdict.low, verdict.high))
@@ -80,7 +87,11 @@ def find(root: Path, given: str) -> Filed:
     if colon:
         return Filed(given, parse_record(_at(root, revision, name.removesuffix(".ipynb")), given))
     path = Path(given) if given.endswith(".ipynb") else root / "records" / f"{given}.ipynb"
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except (OSError, ValueError):  # a name that no file can have
+        there = False
+    if not there:
         raise InputError(
             f"{given} is no record: {path} does not exist. Give a file, a name that `trimtab records list` has, or "
             "REVISION:NAME."
@@ -101,11 +112,13 @@ def _at(root: Path, revision: str, name: str) -> str:
             return repo.dvcfs.read_text(path, encoding="utf-8")
     except RevError:
         raise InputError(f"{revision}:{name}: git knows no revision {revision!r}.") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{revision}:{name} is not a record: it is no text in UTF-8.") from None
     except FileNotFoundError:
         raise InputError(
             f"{path} of {revision} is not in DVC's cache: `dvc pull`, or check {revision} out and run `dvc repro`."
         ) from None
-    except DvcException as error:
+    except (DvcException, ValueError, OSError) as error:
         raise InputError(f"{revision}:{name} cannot be read: {error}") from None
 
 

@@ -1,11 +1,13 @@
 """The command line: run a notebook as a stage, fetch inputs, report, look into records, compose a scale, copy, add."""
 
+import io
+import locale
+import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
 import typer
-import yaml
 
 from trimtab.errors import InputError
 from trimtab.pipeline.records_cli import app as records_app
@@ -28,6 +30,7 @@ def run(
     """Execute a notebook with sections of params.yaml, and keep it as a record."""
     # nbformat's validator would build a grammar of IRIs, which takes a second and serves no notebook.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    from trimtab.pipeline.parameters import literal, pairs
     from trimtab.pipeline.run import run_notebook
 
     code = run_notebook(
@@ -35,10 +38,11 @@ def run(
         record or Path("records") / notebook.name,
         root=_root(),
         sections=section or [],
-        settings={name: _literal(name, value) for name, value in _pairs(set, "--set").items()},
-        outputs={name: Path(value) for name, value in _pairs(out, "--out").items()},
+        settings={name: literal(name, value) for name, value in pairs(set, "--set").items()},
+        outputs={name: Path(value) for name, value in pairs(out, "--out").items()},
         cell_timeout=cell_timeout,
     )
+    _note(f"the notebook failed, its record {record or Path('records') / notebook.name} says where" if code else None)
     raise typer.Exit(code)
 
 
@@ -47,11 +51,24 @@ def fetch(
     section: Annotated[str, typer.Option(help="Section of params.yaml that names model and texts.")] = "fetch",
 ) -> None:
     """Fetch weights and raw texts into data/model and data/text."""
+    from trimtab.pipeline.check import check
     from trimtab.pipeline.fetch import fetch_section
-    from trimtab.pipeline.parameters import read_sections
+    from trimtab.pipeline.sections import read_sections
 
     root = _root()
+    os.chdir(root)  # local sources are named from there
+    check(root, [section])
     fetch_section(read_sections(root / "params.yaml", [section])[section], root / "data")
+    _note(None)
+
+
+@app.command()
+def check() -> None:
+    """Check every section of params.yaml against every stage, before any work."""
+    from trimtab.pipeline.check import check as check_all
+
+    check_all(_root())
+    typer.echo("params.yaml fits every stage.")
 
 
 @app.command()
@@ -112,42 +129,65 @@ def new(
     typer.echo(f"It runs as it stands: dvc repro {name}. Now make notebooks/{name}.ipynb your own.")
 
 
+@app.command()
+def why() -> None:
+    """Say, in a sentence for each stage, why the last `dvc repro` failed."""
+    from trimtab.pipeline.failures import failures
+
+    for stage, told in failures(_root()).items():
+        typer.echo(f"{stage}: {told}")
+
+
 def main() -> None:
-    """Entry point: bad input, and a disk that is full or closed, is one sentence, not a traceback."""
+    """Entry point: bad input, and a disk that is full or closed, is one sentence, not a traceback. Run by DVC as a
+    stage, it ends when DVC does, and remembers for `trimtab why` what went wrong."""
+    _in_utf8()
     # nbformat imports jsonschema, and that, where it is installed, a grammar of international addresses, which takes
     # two seconds to build at every start. Notebooks have no such addresses to check.
     sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone must not end a run
+            stream.reconfigure(errors="backslashreplace")
+    if "DVC_STAGE" in os.environ:
+        from trimtab.pipeline.kernel import end_with_dvc
+
+        end_with_dvc()
     try:
         app()
     except InputError as error:
-        typer.echo(f"trimtab: {error}", err=True)
-        sys.exit(2)
+        _fail(str(error))
     except OSError as error:
         from trimtab.files import disk_trouble
 
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        typer.echo(f"trimtab: {trouble}", err=True)
-        sys.exit(2)
+        _fail(trouble)
+
+
+def _in_utf8() -> None:
+    """Start this process anew in Python's UTF-8 mode where the locale knows less: without it no path with an umlaut
+    can be opened, and libraries read files in the locale's encoding."""
+    known = {sys.getfilesystemencoding().lower(), locale.getpreferredencoding(False).lower()}
+    if known != {"utf-8"} and os.environ.get("PYTHONUTF8") != "1":
+        os.environ["PYTHONUTF8"] = "1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
+def _fail(sentence: str) -> NoReturn:
+    _note(sentence)
+    typer.echo(f"trimtab: {sentence}", err=True)
+    sys.exit(2)
+
+
+def _note(sentence: str | None) -> None:
+    if "DVC_STAGE" in os.environ:
+        from trimtab.pipeline.failures import note
+
+        note(_root(), sentence)
 
 
 def _root() -> Path:
     from trimtab.pipeline.root import project_root
 
     return project_root()
-
-
-def _pairs(given: list[str] | None, option: str) -> dict[str, Any]:
-    pairs = [item.partition("=") for item in given or []]
-    for name, equals, _ in pairs:
-        if not equals or not name.isidentifier():
-            raise InputError(f"{option} {name!r} is not NAME=VALUE.")
-    return {name: value for name, _, value in pairs}
-
-
-def _literal(name: str, value: str) -> Any:
-    try:
-        return yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {name}={value} is not a YAML value.") from None

@@ -4,6 +4,7 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -16,6 +17,8 @@ from trimtab.pipeline.archive import Filed, effect_of
 
 ABSENT = "·"
 """In place of what one of the two has not."""
+PAGE = "<!-- written by `trimtab records diff` -->"
+"""The first line of a page."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,7 @@ class Difference:
         out = io.StringIO()
         config = PrettyPrintConfig(out=out, use_color=False, use_git=False, use_diff=False)
         pretty_print_notebook_diff(self.before.label, self.after.label, one, found, config)
-        _, _, _, *lines = out.getvalue().splitlines()  # which files
-        return "\n".join(lines)
+        return "\n".join(out.getvalue().splitlines()[3:])  # without which files
 
     def __bool__(self) -> bool:
         return bool(self.parameters or self.claims or self.metrics or self.cells)
@@ -86,8 +88,8 @@ def summary(filed: Filed) -> RenderableType:
     """One record: its title, provenance, claims and metrics."""
     about = Table.grid(padding=(0, 2))
     for name, value in filed.provenance.items():
-        about.add_row(name, Text(visible(value.replace("`", "")), overflow="fold"))
-    parts: list[RenderableType] = [Text(visible(filed.title), style="bold"), about]
+        about.add_row(Text(name), Text(visible(value.replace("`", "")), overflow="fold"))
+    parts: list[RenderableType] = [Text(visible(filed.title), style="bold"), *_altered(filed), about]
     if filed.verdicts:
         claims = Table("claim", "verdict", title="Claims", title_justify="left", title_style="bold")
         for verdict in filed.verdicts.values():
@@ -104,9 +106,9 @@ def summary(filed: Filed) -> RenderableType:
 def render(difference: Difference) -> RenderableType:
     """For a terminal or, by way of rich, a page. Nothing that a model wrote can act on either."""
     before, after = (visible(each.label) for each in (difference.before, difference.after))
+    parts = [*_altered(difference.before), *_altered(difference.after)]
     if not difference:
-        return Text(f"{before} and {after} are the same but for provenance.")
-    parts: list[RenderableType] = []
+        return Group(*parts, Text(f"{before} and {after} are the same but for provenance."))
     if difference.unknowing:
         which = " and ".join(difference.unknowing)
         parts.append(Text(visible(f"Only cells are compared: {which} does not hold parameters and results yet.")))
@@ -126,7 +128,18 @@ def page(difference: Difference, width: int = 140) -> str:
     """`render` as one HTML file that asks nothing of any other."""
     console = Console(record=True, file=io.StringIO(), width=width, force_terminal=False)
     console.print(render(difference))
-    return console.export_html(inline_styles=True)
+    return f"{PAGE}\n{console.export_html(inline_styles=True)}"
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is one that `page` made, and may be replaced."""
+    with path.open("rb") as file:
+        return file.read(len(PAGE)) == PAGE.encode()
+
+
+def _altered(filed: Filed) -> list[RenderableType]:
+    told = f"{filed.label} has been altered since its run: its digest does not fit."
+    return [Text(visible(told), style="red")] if filed.altered else []
 
 
 def _table(title: str, before: str, after: str, rows: Iterable[tuple[str, str, str, str]]) -> Table:
@@ -163,7 +176,10 @@ def _by(change: Change) -> str:
     numbers = [change.before, change.after]
     if any(isinstance(each, bool) or not isinstance(each, int | float) for each in numbers):
         return ""
-    before, after = map(float, numbers)
+    try:
+        before, after = map(float, numbers)
+    except OverflowError:  # of an integer beyond floats
+        return ""
     return f"{after - before:+.3g}" + (f" ({(after - before) / abs(before):+.1%})" if before else "")
 
 

@@ -1,4 +1,4 @@
-"""Execute a notebook through papermill, in a kernel of this very environment, over unix sockets.
+"""Execute a notebook through papermill, in a kernel of its own.
 
 papermill records a dead kernel or a timeout as a success, and counts `sys.exit()` as one too. So the outcome is judged
 here: a run has succeeded when every code cell was executed and none raised.
@@ -6,19 +6,13 @@ here: a run has succeeded when every code cell was executed and none raised.
 
 import contextlib
 import logging
-import os
-import shutil
 import signal
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import papermill
-from jupyter_client.kernelspec import KernelSpec, KernelSpecManager
-from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 from nbformat import NotebookNode
 from papermill.clientwrap import PapermillNotebookClient
@@ -26,7 +20,12 @@ from papermill.engines import NBClientEngine, papermill_engines
 from papermill.exceptions import PapermillExecutionError
 from papermill.execute import remove_error_markers
 
+from trimtab.pipeline.kernel import Manager
 from trimtab.pipeline.terminal import Terminal
+
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SKIPPED = "skip-execution"
+"""Tag of a cell that papermill leaves out."""
 
 
 @dataclass
@@ -42,7 +41,7 @@ class Execution:
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or SIGINT reached the runner. (asyncio lets only KeyboardInterrupt and SystemExit through.)"""
+    """SIGTERM, SIGINT or SIGHUP reached the runner. (asyncio lets only KeyboardInterrupt and SystemExit through.)"""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -50,14 +49,21 @@ class Interrupted(KeyboardInterrupt):
 
 
 def execute(
-    notebook: NotebookNode, parameters: dict[str, Any], terminal: Terminal, *, cwd: Path, cell_timeout: int | None
+    notebook: NotebookNode,
+    parameters: dict[str, Any],
+    terminal: Terminal,
+    *,
+    cwd: Path,
+    cell_timeout: int | None,
+    variables: Mapping[str, str] | None = None,
 ) -> Execution:
-    """Run a parameterised copy of `notebook` to its end or its first failure. Never raises for what a cell does."""
+    """Run a parameterised copy of `notebook` to its end or its first failure. Never raises for what a cell does, nor,
+    within `signals`, for a signal. `variables`: further ones of the kernel's environment."""
     execution = Execution(notebook)
-    _Engine.execution, _Engine.terminal = execution, terminal
+    _Engine.execution, _Engine.terminal, _Engine.variables = execution, terminal, variables or {}
     papermill_engines.register("trimtab", _Engine)
     try:
-        with _signals(), _quiet_papermill():
+        with _quiet_papermill():
             papermill.execute_notebook(
                 notebook,
                 None,
@@ -71,8 +77,9 @@ def execute(
                 autosave_cell_every=0,
             )
     except PapermillExecutionError as error:
-        execution.failure, execution.exit_code = f"{error.ename}: {_first_line(error.evalue)}", 1
         remove_error_markers(execution.notebook)  # the record has marks of its own
+        told = error.evalue.strip() or _last_words(execution)  # of an unknown magic IPython tells on stderr alone
+        execution.failure, execution.exit_code = f"{error.ename}: {_first_line(told)}", 1
     except CellTimeoutError:
         execution.failure, execution.exit_code = f"the cell took longer than its limit of {cell_timeout} s", 1
     except DeadKernelError:
@@ -89,30 +96,9 @@ def execute(
 
 
 def was_executed(cell: NotebookNode) -> bool:
-    """Whether a cell ran; prose and empty cells count as run."""
-    return cell.cell_type != "code" or not cell.source.strip() or cell.execution_count is not None
-
-
-class _OwnKernel(KernelSpecManager):
-    """`python3` is the running interpreter, whatever kernels the user has installed under that name."""
-
-    def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-        return KernelSpec(argv=argv, display_name="Python 3", language="python", name=kernel_name)
-
-
-class _KernelManager(AsyncKernelManager):
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
-        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # transformers' are widgets, with random ids in a record
-        # Large tensors come and go at every step: with huge pages that costs a fraction. glibc's; others ignore it.
-        os.environ.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
-        # A unix socket's path may hold 107 bytes: make a short one, whatever TMPDIR says.
-        self.socket_folder = Path(tempfile.mkdtemp(prefix="tt-", dir="/tmp" if Path("/tmp").is_dir() else None))
-        self.kernel_spec_manager = _OwnKernel()
-        self.transport = "ipc"
-        self.connection_file = str(self.socket_folder / "kernel.json")
-        self.ip = str(self.socket_folder / "kernel-ipc")
+    """Whether a cell ran; prose, empty cells and those that papermill is told to skip count as run."""
+    nothing = cell.cell_type != "code" or not cell.source.strip() or SKIPPED in cell.metadata.get("tags", [])
+    return nothing or cell.execution_count is not None
 
 
 class _Client(PapermillNotebookClient):
@@ -150,28 +136,23 @@ class _Engine(NBClientEngine):
 
     execution: Execution
     terminal: Terminal
+    variables: Mapping[str, str]
     death: str = ""
 
     @classmethod
     def execute_managed_notebook(
         cls, nb_man: Any, kernel_name: str, execution_timeout: int | None = None, start_timeout: int = 120, **_: Any
     ) -> None:
-        manager = _KernelManager(kernel_name=kernel_name)
+        manager = Manager(kernel_name=kernel_name)
         client = _Client(nb_man, km=manager, timeout=execution_timeout, startup_timeout=start_timeout)
         client.execution, client.terminal = cls.execution, cls.terminal
         cls.execution.notebook = nb_man.nb
         try:
-            client.execute()
+            client.execute(env={**manager.environment(), **cls.variables})
         finally:
-            process = getattr(manager.provisioner, "process", None)
-            if process is not None:
-                cls.death = _spell_exit(process.poll())
-                with contextlib.suppress(ProcessLookupError):  # nothing may outlive the runner
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            cls.death = manager.end()
             if client.kc is not None:
                 client.kc.stop_channels()
-            shutil.rmtree(manager.socket_folder, ignore_errors=True)
 
 
 def _headline(cells: list[NotebookNode], index: int) -> str:
@@ -184,13 +165,14 @@ def _headline(cells: list[NotebookNode], index: int) -> str:
     return "start"
 
 
-def _spell_exit(code: int | None) -> str:
-    if code is None:
-        return "no exit code"
-    if code >= 0:
-        return f"exit code {code}"
-    name = signal.Signals(-code).name
-    return f"{name}, perhaps for want of memory" if -code == signal.SIGKILL else name
+def _last_words(execution: Execution) -> str:
+    """The last line that the current cell wrote to stderr."""
+    if execution.current is None:
+        return ""
+    written = [
+        o.text for o in execution.notebook.cells[execution.current].get("outputs", []) if o.get("name") == "stderr"
+    ]
+    return "".join(written).strip().rpartition("\n")[2]
 
 
 def _first_line(text: str) -> str:
@@ -198,20 +180,24 @@ def _first_line(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _signals() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into Interrupted, once: a second one while cleaning up is ignored."""
+def signals() -> Iterator[None]:
+    """Turn SIGTERM, SIGINT and SIGHUP into Interrupted, once: a second one while cleaning up is ignored. A signal that
+    is ignored already, as SIGHUP is under nohup, stays so."""
 
     def stop(number: int, frame: object) -> None:
-        for each in (signal.SIGTERM, signal.SIGINT):
+        for each in STOPS:
             signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.getsignal(number) for number in STOPS}
+    heeded = [number for number, handler in before.items() if handler != signal.SIG_IGN]
+    for number in heeded:
+        signal.signal(number, stop)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number in heeded:
+            signal.signal(number, before[number])
 
 
 @contextlib.contextmanager

@@ -49,10 +49,10 @@ def add_experiment(root: Path, name: str) -> list[Path]:
         raise InputError(f"{name!r} is no name for an experiment: small letters, digits and _, a letter first.")
     made = {root / f"notebooks/{name}.ipynb": "notebook.ipynb", root / f"tests/test_{name}.py": "test_notebook.txt"}
     pipeline = root / "dvc.yaml"
-    stages = pipeline.read_text()
+    stages = pipeline.read_text(encoding="utf-8")
     taken = [str(path.relative_to(root)) for path in made if path.exists()]
     taken += [f"stage {name} of dvc.yaml"] if name in yaml.safe_load(stages)["stages"] else []
-    sections = {path: path.read_text() for path in (root / "conf/config.yaml", root / "params.yaml")}
+    sections = {path: path.read_text(encoding="utf-8") for path in (root / "conf/config.yaml", root / "params.yaml")}
     taken += [f"section {name} of {path.name}" for path, text in sections.items() if name in yaml.safe_load(text)]
     if taken:
         raise InputError(f"{name} is taken: there is {' and '.join(taken)} already.")
@@ -65,14 +65,16 @@ def add_experiment(root: Path, name: str) -> list[Path]:
     smoke = root / "conf/scale/smoke.yaml"
     config, parameters = sections
     values = SMOKE if yaml.safe_load(sections[parameters])["base"]["scale"] == "smoke" else SECTION
-    texts = {path: (TEMPLATE / source).read_text().replace("NAME", name) for path, source in made.items()}
+    texts = {
+        path: (TEMPLATE / source).read_text(encoding="utf-8").replace("NAME", name) for path, source in made.items()
+    }
     texts |= {
         pipeline: stages,
         config: sections[config].rstrip("\n") + "\n" + SECTION.format(name=name),
         parameters: sections[parameters].rstrip("\n") + "\n" + values.format(name=name).lstrip("\n"),
-        smoke: smoke.read_text().rstrip("\n") + "\n" + SMOKE.format(name=name),
+        smoke: smoke.read_text(encoding="utf-8").rstrip("\n") + "\n" + SMOKE.format(name=name),
     }
     for path, text in texts.items():
         with atomic(path) as partial:
-            partial.write_text(text)
+            partial.write_text(text, encoding="utf-8")
     return list(texts)

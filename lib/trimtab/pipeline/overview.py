@@ -4,16 +4,17 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-import yaml
-
+from trimtab.markup import escaped
 from trimtab.pipeline.conditions import Condition, State
 from trimtab.pipeline.site.graph import of_pipeline, stages_of, svg
+from trimtab.pipeline.stages import stages
 
 COLOURS: dict[State, str] = {
     "fresh": "#0072B2",
     "stale": "#E69F00",
     "never run": "#999999",
     "missing": "#999999",
+    "of another commit": "#CC79A7",
     "failed": "#D55E00",
     "altered": "#D55E00",
 }
@@ -58,18 +59,15 @@ def table(root: Path, found: Sequence[Condition], above: str = "../../") -> str:
 
 def sources_of(root: Path) -> dict[str, str]:
     """Of each stage, without the part behind @, the notebook that it runs."""
-    stages = yaml.safe_load((root / "dvc.yaml").read_text())["stages"]
-    commands = {name: stage["cmd"].split() for name, stage in stages.items()}
-    return {name: words[2] for name, words in commands.items() if words[:2] == ["trimtab", "run"]}
+    return {each.name.partition("@")[0]: each.notebook for each in stages(root) if each.notebook}
 
 
 def _what(each: Condition) -> str:
     if each.state == "fresh":
         return ""
-    command = f"dvc repro {each.stage}"
-    told = () if each.state in ("never run", "missing") else each.reasons  # no more than the command
-    reasons = html.escape("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
-    return f'<code style="white-space: nowrap">{html.escape(command)}</code> &nbsp; {reasons}'
+    told = () if each.state in ("never run", "missing", "of another commit") else each.reasons  # the command says it
+    reasons = escaped("; ".join(told[:2]) + (" ..." if len(told) > 2 else ""))
+    return f'<code style="white-space: nowrap">{html.escape(each.command)}</code> &nbsp; {reasons}'
 
 
 def _link(above: str, path: str, text: str) -> str:

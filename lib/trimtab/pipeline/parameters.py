@@ -1,19 +1,28 @@
 """What a stage may inject into a notebook: the names and types of its parameters cell, checked before a run."""
 
 import ast
-import difflib
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from functools import cache, lru_cache
+from typing import Any, TypeVar, get_type_hints
 
 import nbformat
-from pydantic import ConfigDict, TypeAdapter, ValidationError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+from pydantic import TypeAdapter, ValidationError
 
 from trimtab.errors import InputError
+from trimtab.pipeline.base import BaseConfig
+from trimtab.pipeline.sections import nearest, parse_yaml
+from trimtab.validation import shown
 
+Made = TypeVar("Made")
 TAG = "parameters"
+PATHS = ("data/", "scratch/")
+"""How the default of a parameter begins that is the path of an input or output, which need not be given."""
+MOST = 2**53
+"""No parameter may exceed it: larger counts cannot be meant, and are no longer exact as floating-point numbers."""
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 UNSEEN = ("size", "nfiles")
 """Keys that DVC leaves out of what it looks a run up by, wherever they stand: they are its own names for what it notes
 of outputs. A parameter of that name could be changed, and the results of its old value would come back."""
@@ -53,25 +62,27 @@ def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str,
     return found
 
 
-def parse_yaml(text: str) -> Any:
-    """YAML 1.2, as DVC reads and writes it: there 1e-05 is a number, which YAML 1.1 takes for a string."""
-    return YAML(typ="safe", pure=True).load(text)
+def pairs(given: Sequence[str] | None, option: str) -> dict[str, str]:
+    """The values of an option that is given as NAME=VALUE, by name. Raises InputError for another form, and for a name
+    that is given twice."""
+    found: dict[str, str] = {}
+    for item in given or []:
+        name, equals, value = item.partition("=")
+        if not equals or not name.isidentifier():
+            raise InputError(f"{option} {shown(item)} is not NAME=VALUE.")
+        if name in found:
+            raise InputError(f"{option} gives `{name}` twice: keep one of them.")
+        found[name] = value
+    return found
 
 
-def read_sections(path: Path, sections: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """The named sections of params.yaml. Raises InputError for a missing file, broken YAML or an unknown section."""
+@lru_cache(maxsize=512)
+def literal(name: str, text: str) -> Any:
+    """The value of `--set NAME=TEXT`, by the rules of params.yaml. Raises InputError where it is no YAML."""
     try:
-        content = parse_yaml(path.read_text())
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: compose it with `trimtab compose`.") from None
-    except YAMLError as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{path} does not hold sections: compose it with `trimtab compose`.")
-    for section in sections:
-        if not isinstance(content.get(section), dict):
-            raise InputError(f"{path} has no section `{section}`{_nearest(section, content)}")
-    return {section: content[section] for section in sections}
+        return parse_yaml(text)
+    except InputError as error:
+        raise InputError(f"`{name}` of the command line is {shown(text)}, no YAML value: {error}") from None
 
 
 def collect(
@@ -80,33 +91,135 @@ def collect(
     sections: Mapping[str, Mapping[str, Any]],
     settings: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Flatten sections and single settings to one set of parameters that fits the notebook.
+    """Flatten sections and single settings, which go before them, to one set of parameters that fits the notebook.
 
-    Raises InputError naming the key, its section and the notebook where a key is unknown to the notebook (with the
-    nearest that it has), given twice, or of the wrong type.
+    Every parameter of a notebook that calls `notebook.begin` must be given, unless its default is a path of data/ or
+    scratch/: quick defaults are for running by hand.
+
+    Raises InputError naming the key, its section and the notebook where a key is missing, unknown to the notebook (with
+    the nearest that it has), in two sections, or of the wrong type.
     """
-    declared = declared_parameters(notebook, name)
-    sources = [(f"section `{section}`", values) for section, values in sections.items()]
-    parameters: dict[str, Any] = {}
+    return fit(Declared.of(notebook, name), sections, settings)
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What takes parameters: a notebook, or a configuration that is filled from one section."""
+
+    name: str
+    """As errors name it."""
+    parameters: Mapping[str, tuple[Any, Any]]
+    """{name: (type, default)}"""
+    whole: bool
+    """Whether all must be given, but for paths."""
+    groups: Sequence[Collection[str]] = ()
+    """Parameters that go with one another, by which the section that lacks one is found."""
+
+    @classmethod
+    def of(cls, notebook: nbformat.NotebookNode, name: str, groups: Sequence[Collection[str]] = ()) -> "Declared":
+        """Raises InputError where the parameters cell is not what `declared_parameters` takes."""
+        code = (cell.source for cell in notebook.cells if cell.cell_type == "code")
+        whole = any(re.search(r"^[^#\n]*\bbegin\(globals\(\)\)", source, re.MULTILINE) for source in code)
+        return cls(name, declared_parameters(notebook, name), whole, groups)
+
+    @classmethod
+    def fields_of(cls, kind: type, name: str) -> "Declared":
+        """The fields of a configuration class."""
+        hints = get_type_hints(kind)
+        return cls(name, {field.name: (hints[field.name], field.default) for field in fields(kind)}, True)
+
+    def require(self, key: str, where: str) -> None:
+        """Raise InputError for an unknown parameter."""
+        if key not in self.parameters:
+            raise InputError(f"`{key}` of {where} is no parameter of {self.name}{nearest(key, self.parameters)}")
+
+    def fitting(self, key: str, value: Any, where: str) -> Any:
+        """The value, if it is of the declared type and can be meant."""
+        self.require(key, where)
+        kind, default = self.parameters[key]
+        try:
+            reason = _strange(value)
+            fitting = _adapter(kind).validate_python(value, strict=True)
+        except ValidationError:
+            usual = "" if default is MISSING else f", by default {shown(default)}"
+            reason = reason or f"it takes {_spell(kind)}{usual}"
+        if reason:
+            raise InputError(f"`{key}` of {where} is {shown(value)}, which does not fit {self.name}: {reason}.")
+        return fitting
+
+
+def fit(
+    declared: Declared,
+    sections: Mapping[str, Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    later: Collection[str] = (),
+) -> dict[str, Any]:
+    """See `collect`; `later`: parameters that will be given besides."""
+    found: dict[str, Any] = {}
     origin: dict[str, str] = {}
-    for where, values in [*sources, ("the command line", settings)]:
+    for section, values in sections.items():
         for key, value in values.items():
-            if key in UNSEEN and where != "the command line":
+            where = f"section `{section}`"
+            if key in UNSEEN:
                 raise InputError(f"`{key}` of {where}: DVC's run cache takes no notice of that name; choose another.")
-            if key not in declared:
-                raise InputError(f"`{key}` of {where} is no parameter of {name}{_nearest(key, declared)}")
-            if key in parameters:
-                raise InputError(f"`{key}` comes from {origin[key]} and from {where}: keep one of them for {name}.")
-            try:
-                adapter = TypeAdapter(declared[key][0], config=ConfigDict(allow_inf_nan=False))
-                parameters[key] = adapter.validate_python(value, strict=True)
-            except ValidationError:
-                raise InputError(
-                    f"`{key}` of {where} is {value!r}, which does not fit {name}: "
-                    f"its parameters cell has {_spell(declared[key][0])}, by default {declared[key][1]!r}."
-                ) from None
+            if key in origin:
+                raise InputError(f"`{key}` comes from {origin[key]} and from {where}: keep one for {declared.name}.")
+            found[key] = declared.fitting(key, value, where)
             origin[key] = where
-    return parameters
+    found |= {key: declared.fitting(key, value, "the command line") for key, value in settings.items()}
+    if declared.whole:
+        for key, (kind, default) in declared.parameters.items():
+            usual = isinstance(default, str) and default.startswith(PATHS)
+            if not usual and key not in found and key not in later:
+                lacking = _section_of(key, sections, declared.groups) or "the command line"
+                raise InputError(
+                    f"{lacking[0].upper()}{lacking[1:]} lacks `{key}`, which {declared.name} needs: {_spell(kind)}."
+                )
+    return found
+
+
+def configure(kind: type[Made], values: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]]) -> Made:
+    """A configuration of the values that bear its fields' names, lists as tuples (see `Stage.configure`). Raises the
+    InputError of the configuration, with the section before it."""
+    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
+    try:
+        return kind(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
+    except InputError as error:
+        told = re.findall(r"`(\w+)`", str(error))
+        where = next((s for key in told for s, held in sections.items() if key in held), None)
+        raise InputError(f"Section `{where}`: {error}" if where else str(error)) from None
+
+
+@cache
+def _adapter(kind: Any) -> Any:
+    return TypeAdapter(kind)
+
+
+def _strange(value: Any) -> str | None:
+    """Why a value cannot be meant, whatever the parameter: a number that is none or beyond all counting, say."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "it must be a finite number"
+    if isinstance(value, int | float) and abs(value) > MOST:
+        return f"no number may exceed {MOST}"
+    if isinstance(value, str) and UNPRINTABLE.search(value):
+        return "text must hold no control characters"
+    if isinstance(value, list):
+        return next(filter(None, map(_strange, value)), None)
+    if isinstance(value, dict):
+        if not all(isinstance(key, str) for key in value):
+            return "its keys must be strings"
+        return next(filter(None, map(_strange, value.values())), None)
+    return None
+
+
+def _section_of(key: str, sections: Mapping[str, Mapping[str, Any]], groups: Sequence[Collection[str]]) -> str | None:
+    """The section that a missing key belongs to: the one that has the most of the keys that go with it."""
+    if key in {field.name for field in fields(BaseConfig)}:
+        return "section `base`"
+    group = next((set(group) for group in groups if key in group), set())
+    others = [section for section in sections if section != "base"]
+    best = max(reversed(others), key=lambda section: len(group & set(sections[section])), default=None)
+    return f"section `{best}`" if best else None
 
 
 def _type(annotation: ast.expr | None, default: Any, where: str) -> Any:
@@ -124,9 +237,5 @@ def _type(annotation: ast.expr | None, default: Any, where: str) -> Any:
 
 
 def _spell(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) and not hasattr(kind, "__args__") else str(kind)
-
-
-def _nearest(key: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(key, list(known), n=1, cutoff=0.5)
-    return f"; did you mean `{close[0]}`?" if close else f"; it has {', '.join(f'`{k}`' for k in known)}."
+    plain = isinstance(kind, type) and not hasattr(kind, "__args__")
+    return kind.__name__ if plain else str(kind).replace("collections.abc.Sequence", "list")

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = ("torch", "transformers", "nnsight", "polars", "datasets", "papermill", "dvc", "numpy", "safetensors")
-PRODUCTS = ("dvc.lock", "data/results", "records", "benchmarks/*.csv")
-"""What the pipeline itself writes into git: being rewritten does not make a tree dirty."""
+PRODUCTS = ("dvc.lock", "data/results", "records", "benchmarks/*.csv", "scratch")
+"""What the pipeline itself writes: being rewritten does not make a tree dirty."""
 
 
 def commit(root: Path) -> tuple[str, bool]:
@@ -42,7 +42,11 @@ def hardware() -> str:
     model = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1].strip()
+            for line in cpuinfo.read_text(encoding="utf-8").splitlines()
+            if "model name" in line
+        ]
         model = names[0] if names else model
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return f"{model}, {os.cpu_count()} cores, {memory:.0f} GiB, {_gpu()}"
@@ -83,11 +87,11 @@ def describe(
 def _gpu() -> str:
     command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return ", ".join(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines())
+        return ", ".join(subprocess.run(command, capture_output=True, encoding="utf-8", check=True).stdout.splitlines())
     except (FileNotFoundError, subprocess.CalledProcessError):
         return "no GPU"
 
 
 def _git(root: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, encoding="utf-8", check=True)
     return done.stdout.strip()

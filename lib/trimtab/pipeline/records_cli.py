@@ -20,7 +20,9 @@ Which = Annotated[str, typer.Argument(help="A record: its name as in `list`, a f
 def list_records() -> None:
     """Every stage's record: its state, its claims, and where it comes from."""
     from rich.table import Table
+    from rich.text import Text
 
+    from trimtab.markup import visible
     from trimtab.pipeline.archive import Filed, find
     from trimtab.pipeline.conditions import conditions
 
@@ -39,7 +41,8 @@ def list_records() -> None:
         claims = ", ".join(f"{outcomes[key]} {key}" for key in ("held", "not held", "inconclusive") if outcomes[key])
         made = filed.provenance if filed else {}
         commit = made.get("commit", "").replace("`", "")
-        table.add_row(each.record, each.state, claims, commit, made.get("wall time", ""))
+        row = (each.record, each.state, claims, commit, made.get("wall time", ""))
+        table.add_row(*(Text(visible(cell)) for cell in row))
     _console().print(table)
 
 
@@ -60,7 +63,7 @@ def diff(
 ) -> None:
     """Two records by parameters, claims, metrics and cells; of one name alone the last commit's and today's."""
     from trimtab.pipeline.archive import find
-    from trimtab.pipeline.differences import Difference, page, render
+    from trimtab.pipeline.differences import Difference, is_page, page, render
 
     root = project_root()
     name = record.rpartition(":")[2]
@@ -69,24 +72,28 @@ def diff(
     if html:
         from trimtab.files import atomic
 
-        with atomic(html) as partial:
+        with atomic(html, own=is_page) as partial:
             partial.write_text(page(difference), encoding="utf-8")
     else:
         _console().print(render(difference))
 
 
 @app.command()
-def verify() -> None:
+def verify(
+    deep: Annotated[bool, typer.Option("--deep", help="Read every byte of outputs and of DVC's cache anew.")] = False,
+) -> None:
     """Whether every record is what its run wrote, and was made from what is here: names those that are not."""
+    from trimtab.markup import visible
     from trimtab.pipeline.conditions import conditions
 
     root = project_root()
-    found = conditions(root)
+    found = conditions(root, deep=deep)
     for name in sorted(_names(root) - {each.record for each in found}):
-        typer.echo(f"records/{name}.ipynb belongs to no stage: its notebook was renamed, or its arm is no longer run.")
+        told = f"records/{name}.ipynb belongs to no stage: its notebook was renamed, or its arm is no longer run."
+        typer.echo(visible(told))
     for each in found:
         if each.state != "fresh":
-            typer.echo(f"{each.stage}: {each.state}: {'; '.join(each.reasons)}")
+            typer.echo(visible(f"{each.stage}: {each.state}: {'; '.join(each.reasons)}"))
     others = sum(each.state != "fresh" for each in found)
     typer.echo(f"{len(found) - others} of {len(found)} stages are fresh.")
     raise typer.Exit(1 if others else 0)

@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from trimtab.claims import Verdict, verdict_table
 from trimtab.errors import InputError
 from trimtab.files import atomic, read_json
 from trimtab.pipeline.archive import Filed, find
+from trimtab.pipeline.normalising import plain
+from trimtab.pipeline.records import Results
+from trimtab.pipeline.stages import stages
 
+TITLE = "# Records"
+"""First line of the page."""
 FIGURE_TAG = "figure"
 """Tag of the cell whose picture stands for the record."""
 MARKS = ("<!-- claims, written by `trimtab report` -->", "<!-- end of claims -->")
@@ -42,7 +49,7 @@ def write_report(root: Path, output: Path, figures: Path, names: Sequence[str]) 
     with atomic(figures) as folder:
         folder.mkdir(parents=True)
         pictures = {entry.name: picture for entry in entries if (picture := _save_figure(entry, folder))}
-    with atomic(output) as partial:
+    with atomic(output, own=_is_report) as partial:
         partial.write_text("\n".join(_render(entries, pictures, figures.name)) + "\n", encoding="utf-8")
     if (root / "README.md").is_file():
         _put_claims(root / "README.md", _claims(entries))
@@ -53,22 +60,35 @@ def current_records(root: Path) -> list[str]:
 
     Files that another scale or an older list of arms left behind are not among them.
     """
-    from dvc.repo import Repo
-
-    with Repo(str(root)) as repo:
-        declared = [Path(out.fs_path) for out in repo.index.outs]
-    records = root.resolve() / "records"
-    return [
-        str(p.relative_to(records).with_suffix("")) for p in declared if p.suffix == ".ipynb" and records in p.parents
-    ]
+    named = [Path(each.record).with_suffix("") for each in stages(root) if each.record]
+    return [str(path.relative_to("records")) for path in named if path.is_relative_to("records")]
 
 
 def read_entry(root: Path, name: str) -> Entry:
-    """records/NAME.ipynb with data/results/NAME.json."""
-    filed = find(root, name)
+    """records/NAME.ipynb with data/results/NAME.json. Raises InputError where they are of a failed run, have been
+    altered, or do not belong together."""
+    filed, path = find(root, name), root / "data/results" / f"{name}.json"
     if filed.about["status"] != "complete":
         raise InputError(f"records/{name}.ipynb is the record of a failed run: run its stage again before reporting.")
-    return Entry(filed, read_json(root / "data/results" / f"{name}.json"))
+    if filed.altered:
+        raise InputError(
+            f"records/{name}.ipynb has been altered since its run: `dvc checkout` it, or run its stage again."
+        )
+    results = read_json(path)
+    try:
+        Results.model_validate(results)
+        if not {"metrics", "claims"} <= set(results):
+            raise InputError(f"{path} has no `metrics` or no `claims`: run its stage again.")
+    except ValidationError as error:
+        where = ".".join(map(str, error.errors()[0]["loc"]))
+        raise InputError(f"{path} has been altered: `{where}` is not what a run writes; run its stage again.") from None
+    if filed.about.get("results") and plain(results) != plain(filed.about["results"]):
+        raise InputError(f"{path} is not what records/{name}.ipynb says that its run found: `dvc checkout` both.")
+    return Entry(filed, results)
+
+
+def _is_report(page: Path) -> bool:
+    return page.read_text(encoding="utf-8", errors="replace").startswith(TITLE) or not page.stat().st_size
 
 
 def _claims(entries: list[Entry]) -> str:
@@ -85,7 +105,7 @@ def _put_claims(page: Path, table: str) -> None:
 
 
 def _render(entries: list[Entry], pictures: Mapping[str, str], folder: str) -> Iterator[str]:
-    yield "# Records\n"
+    yield f"{TITLE}\n"
     yield (
         "Written by the `report` stage from the executed notebooks; do not edit. The notebooks themselves are in "
         "the DVC cache: after `dvc repro` the links below open them.\n"
@@ -116,30 +136,36 @@ def _metric_tables(metrics: Mapping[str, Any]) -> Iterator[str]:
     single = {name: value for name, value in metrics.items() if not isinstance(value, Mapping)}
     if single:
         yield "| metric | value |\n|---|---|"
-        yield from (f"| {name} | {_number(value)} |" for name, value in single.items())
+        yield from (f"| {_cell(name)} | {_number(value)} |" for name, value in single.items())
         yield ""
     tables: dict[tuple[str, ...], list[tuple[str, Mapping[str, Any]]]] = {}
     for name, group in metrics.items():
         if isinstance(group, Mapping):
             tables.setdefault(tuple(group), []).append((name, group))
     for columns, rows in tables.items():
-        yield f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
-        yield from (f"| {name} | {' | '.join(_number(row[c]) for c in columns)} |" for name, row in rows)
+        yield f"| | {' | '.join(map(_cell, columns))} |\n|---|{'---|' * len(columns)}"
+        yield from (f"| {_cell(name)} | {' | '.join(_number(row[c]) for c in columns)} |" for name, row in rows)
         yield ""
 
 
 def _number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else _cell(str(value))
+
+
+def _cell(text: str) -> str:
+    """Text that stays within its cell of a table."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def _save_figure(entry: Entry, folder: Path) -> str | None:
     for cell in entry.filed.record.cells:
         if FIGURE_TAG in cell.metadata.get("tags", []):
             for output in cell.get("outputs", []):
-                if png := output.get("data", {}).get("image/png"):
+                png = output.get("data", {}).get("image/png")
+                if isinstance(png, str) and (picture := base64.b64decode(png, validate=False)):
                     name = f"{entry.name.replace('/', '-')}.png"
-                    (folder / name).write_bytes(base64.b64decode(png))
+                    (folder / name).write_bytes(picture)
                     return name
     return None

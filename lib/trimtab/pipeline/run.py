@@ -1,5 +1,8 @@
 """Run one notebook as a stage: check, execute, record. Success is an exit code of 0 and every declared output."""
 
+import contextlib
+import getpass
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,13 +10,21 @@ from typing import Any
 
 import nbformat
 
+from trimtab.code import module_digests
 from trimtab.errors import InputError
-from trimtab.files import read_json, remove
-from trimtab.pipeline.execution import execute
-from trimtab.pipeline.parameters import collect, read_sections
+from trimtab.files import read_json, remove, tree_sha256
+from trimtab.pipeline.check import check
+from trimtab.pipeline.execution import Execution, Interrupted, execute, signals
+from trimtab.pipeline.parameters import collect
+from trimtab.pipeline.places import CLAIMS, Places
 from trimtab.pipeline.provenance import commit, describe
-from trimtab.pipeline.records import make_record, write_record
+from trimtab.pipeline.records import make_record, results_of, write_record
+from trimtab.pipeline.results import PROGRESS
+from trimtab.pipeline.sections import read_sections
 from trimtab.pipeline.terminal import Terminal
+
+RESUME = Path("scratch/resume")
+"""Under the root: where notebooks keep their progress."""
 
 
 def run_notebook(
@@ -30,12 +41,35 @@ def run_notebook(
 
     `settings` are single parameters; `outputs` are parameters too, whose values are paths that must exist afterwards.
     Paths are relative to `root`, which is the kernel's working directory. On any failure the record is marked so and
-    the outputs are removed, so that nothing half-made looks complete. Raises InputError before the kernel starts where
-    notebook, sections and settings do not fit together.
+    the outputs are removed, so that nothing half-made looks complete; the notebook's progress is dropped only when
+    record and outputs are on the disk. Raises InputError before the kernel starts, with nothing touched, where
+    notebook, sections and settings do not fit together, where any section of the pipeline is wrong, and where record
+    or outputs would replace what no run has made.
     """
-    source = str(notebook)
+    refuse_nameless_user()
+    content = read_source(root, notebook)
+    check(root, sections)
+    given = {**settings, **{name: str(path) for name, path in outputs.items()}}
+    parameters = collect(content, str(notebook), read_sections(root / "params.yaml", sections), given)
+    places = Places(root, notebook, record, outputs)
+    with places.alone():
+        places.begin()
+        try:
+            with signals():
+                return _run(content, parameters, notebook, sections, places, cell_timeout)
+        except BaseException as error:
+            places.discard()  # results without a record are none
+            if isinstance(error, Interrupted):
+                return 128 + error.number
+            raise
+        finally:
+            places.end()
+
+
+def read_source(root: Path, notebook: Path) -> nbformat.NotebookNode:
+    """A stage's notebook. Raises InputError where it is missing or nbformat cannot read it."""
     try:
-        content = nbformat.read(root / notebook, as_version=4)
+        content = nbformat.reads((root / notebook).read_text(encoding="utf-8"), as_version=4)
         nbformat.validate(content)
     except FileNotFoundError:
         raise InputError(f"{notebook} does not exist under the repository's root.") from None
@@ -45,45 +79,109 @@ def run_notebook(
         AttributeError,
         KeyError,
         TypeError,
+        ValueError,
+        RecursionError,
         IsADirectoryError,
     ):
         raise InputError(f"{notebook} is not a notebook that nbformat can read.") from None
-    given = {**settings, **{name: str(path) for name, path in outputs.items()}}
-    parameters = collect(content, source, read_sections(root / "params.yaml", sections), given)
+    return content
 
-    def discard() -> None:
-        for path in outputs.values():
-            remove(root / path)
 
-    remove(root / record)
-    discard()
+def refuse_nameless_user() -> None:
+    """DVC asks for the user's name when a stage has ended, and fails without one: raise InputError before it begins."""
+    if "DVC_STAGE" in os.environ:
+        try:
+            getpass.getuser()
+        except (KeyError, OSError):
+            raise InputError(
+                "This user has no name, which DVC needs in the end: set one, such as `export USER=me`."
+            ) from None
+
+
+def _run(
+    content: nbformat.NotebookNode,
+    parameters: dict[str, Any],
+    notebook: Path,
+    sections: Sequence[str],
+    places: Places,
+    cell_timeout: int | None,
+) -> int:
+    root, record = places.root, places.record
     began, revision = time.monotonic(), commit(root)  # as it is now: somebody may commit while the notebook runs
-    with Terminal(record.stem, (root / record).with_suffix(".log")) as terminal:
-        terminal.line(f"{source} with sections {', '.join(sections)}; parameters {parameters}", shown=False)
-        execution = execute(content, parameters, terminal, cwd=root, cell_timeout=cell_timeout)
-        if not execution.failure:
-            missing = [str(path) for path in outputs.values() if not (root / path).exists()]
-            if missing:
-                execution.failure = f"every cell ran, but {', '.join(missing)} was not written"
-                execution.exit_code = 1
+    library = module_digests(root / notebook)
+    progress = root / CLAIMS / f"{places.claim.stem}.progress"
+    remove(progress)
+    variables = {PROGRESS: str(progress.resolve())}
+    with Terminal(record.stem, root / places.log) as terminal:
+        terminal.line(f"{notebook} with sections {', '.join(sections)}; parameters {parameters}", shown=False)
+        execution = execute(content, parameters, terminal, cwd=root, cell_timeout=cell_timeout, variables=variables)
+        results = _results(execution, places)
         if execution.failure:
-            discard()
+            places.discard()
         seconds = time.monotonic() - began
         outcome = f"failed: {execution.failure}" if execution.failure else "complete"
         provenance = describe(
             revision=revision,
-            notebook=source,
+            notebook=str(notebook),
             sections=list(sections),
             parameters=parameters,
             seconds=seconds,
             outcome=outcome,
         )
-        results = {} if execution.failure or "results" not in outputs else read_json(root / outputs["results"])
-        finished = make_record(execution, provenance, root=root, source=source, parameters=parameters, results=results)
-        try:
-            write_record(finished, root / record)
-        except InputError:  # no room for it: results without a record are none
-            discard()
-            raise
+        made = {} if execution.failure else places.outputs
+        finished = make_record(
+            execution,
+            provenance,
+            root=root,
+            source=notebook.as_posix(),
+            parameters=parameters,
+            results=results,
+            record=_name(record),
+            sections=sections,
+            outputs={n: {"path": str(path), "sha256": tree_sha256(root / path)} for n, path in made.items()},
+            library=library,
+        )
+        write_record(finished, root / record)
         terminal.line(f"{outcome} after {seconds:.0f} s; record {record}")
+    if not execution.failure:
+        with contextlib.suppress(OSError):  # the run is whole without it
+            drop_progress(root, progress)
+    remove(progress)
     return execution.exit_code
+
+
+def drop_progress(root: Path, listed: Path) -> None:
+    """Remove the folders that a run's notebook named as its progress, and what lies beside them under their names."""
+    if listed.is_file():
+        for line in dict.fromkeys(listed.read_text(encoding="utf-8").splitlines()):
+            folder = (root / line).resolve()
+            if folder.parent == (root / RESUME).resolve():
+                remove(folder)
+                for beside in (folder.with_name(f"{folder.name}.lock"), folder.with_name(f"{folder.name}.json")):
+                    remove(beside)
+
+
+def _results(execution: Execution, places: Places) -> Mapping[str, Any]:
+    """What the notebook wrote as its output `results`. Sets the execution's failure where an output is missing, or
+    the results are no metrics and claims."""
+    if execution.failure:
+        return {}
+    missing = [str(path) for path in places.outputs.values() if not (places.root / path).exists()]
+    if missing:
+        execution.failure, execution.exit_code = f"every cell ran, but {', '.join(missing)} was not written", 1
+        return {}
+    if "results" not in places.outputs:
+        return {}
+    path = places.outputs["results"]
+    try:
+        return results_of(read_json(places.root / path))
+    except InputError as error:
+        reason = str(error).rstrip(".")
+        execution.failure, execution.exit_code = f"{path} holds no results: {reason}", 1
+        return {}
+
+
+def _name(record: Path) -> str:
+    """`sae/topk-8` of records/sae/topk-8.ipynb; of a record elsewhere its path."""
+    named = record.with_suffix("")
+    return str(named.relative_to("records")) if named.is_relative_to("records") else str(named)

@@ -12,11 +12,10 @@ from rich.console import Console
 from rich.status import Status
 from rich.text import Text
 
+from trimtab.pipeline.bars import ANSI, settled, without_bars
+
 QUIET_EVERY = 20.0
 """Seconds between progress lines where the terminal cannot redraw one (CI), and in the log."""
-_ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-# What tqdm draws: everything up to its bracket of times, with the carriage return before it and padding after.
-_BAR = re.compile(r"\r?[^\r\n\]]*\[\d+:\d\d[^\]\r\n]*\] *")
 _DRAWING = re.compile(r"\|[^|]*\|\s*")
 
 
@@ -28,9 +27,10 @@ class Terminal:
         self.console = Console(file=stream or sys.stderr, highlight=False)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # an earlier log may be a link into the DVC cache: never write through it
-        self.log = log.open("w", encoding="utf-8")
+        self.log = log.open("w", encoding="utf-8", errors="backslashreplace")
         self.status: Status | None = None
         self.cell = ""
+        self._unfinished: dict[str, bool] = {}  # of each stream: whether its last line may go on in the next chunk
         self._last_quiet = time.monotonic()
         self._unheard = False
 
@@ -49,26 +49,29 @@ class Terminal:
     def start_cell(self, number: int, total: int, headline: str) -> None:
         """A cell begins; `headline` says what it is about."""
         self.cell = f"cell {number}/{total}"
+        self._unfinished = {}
         self.line(f"[{self.cell}] {headline}", shown=False)
         self._show(headline)
 
     def text(self, name: str, text: str) -> str:
         """Take a chunk of a cell's stdout or stderr, and return what of it belongs in the record.
 
-        Progress bars go to the live line and are dropped from the record: their rates differ from run to run.
+        Progress bars go to the live line and are dropped from the record: their rates differ from run to run. Where
+        chunks are cut is a matter of timing: a carriage return at either end is kept, for `records` to join them.
         """
-        text = text.replace("\r\n", "\n")
-        if name == "stderr":
-            bars = _BAR.findall(text)
-            if bars:
-                self.progress(_ANSI.sub("", bars[-1]).strip())
-            text = _BAR.sub("", text)
-            if not _ANSI.sub("", text).strip():
-                return ""  # such as the line feed after a finished bar, which may come in a message of its own
-        # A carriage return overwrites its line: what stays is what was last written on it.
-        record = "\n".join(line.rsplit("\r", 1)[-1] for line in text.split("\n"))
+        unfinished = self._unfinished.get(name, False)
+        kept, bars = without_bars(text, fresh=name == "stderr" and not unfinished)
+        if bars:
+            self.progress(ANSI.sub("", bars[-1]).strip())
+        if name == "stderr" and not unfinished and not ANSI.sub("", kept).strip():
+            return ""  # such as the line feed after a finished bar, which may come in a message of its own
+        record = settled(kept)
+        overwrites = unfinished and "\r" in kept.partition("\n")[0]
+        record = ("\r" if overwrites else "") + record + ("\r" if kept.endswith("\r") else "")
+        if record:
+            self._unfinished[name] = not record.endswith("\n")
         if record.strip():
-            self.line(record.strip("\n"), shown=False)
+            self.line(record.strip("\r\n"), shown=False)
         return record
 
     def progress(self, bar: str) -> None:
@@ -86,7 +89,7 @@ class Terminal:
     def line(self, text: str, *, shown: bool = True) -> None:
         """Write a line to the log, and to the terminal where `shown`."""
         try:
-            self.log.write(f"{time.strftime('%H:%M:%S')} {_ANSI.sub('', text)}\n")
+            self.log.write(f"{time.strftime('%H:%M:%S')} {ANSI.sub('', text)}\n")
             self.log.flush()
         except OSError as error:  # a run is worth more than its log
             if not self._unheard:
@@ -96,8 +99,14 @@ class Terminal:
             self._print(text)
 
     def _print(self, text: str) -> None:
-        self.console.print(f"{self.title}: {text}", markup=False, soft_wrap=True)
+        self.console.print(f"{self.title}: {_encodable(text)}", markup=False, soft_wrap=True)
 
     def _show(self, text: str) -> None:
         if self.status:
-            self.status.update(Text(f"{self.title} · {self.cell} · {text}"[: self.console.width - 4]))
+            shown = f"{self.title} · {self.cell} · {_encodable(text)}"
+            self.status.update(Text(shown[: self.console.width - 4]))
+
+
+def _encodable(text: str) -> str:
+    """Without halves of surrogate pairs, which no file takes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trimtab.checkpoint import load_tensors, save_tensors
+from trimtab.checkpoint import atomic, load_tensors, save_tensors, write_json
 from trimtab.errors import InputError
 from trimtab.rebased.mixers import ARMS, BaseConv, Cache, Mask, PolynomialAttention
 from trimtab.rebased.softmax import SoftmaxAttention
@@ -118,15 +118,16 @@ class LanguageModel(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Weights as `model.safetensors`, and the shape as `config.json`."""
-        folder.mkdir(parents=True, exist_ok=True)
-        save_tensors(folder / "model.safetensors", self.state_dict())
-        (folder / "config.json").write_text(json.dumps(asdict(self.config), indent=2) + "\n")
+        with atomic(folder, "language-model") as partial:
+            partial.mkdir(parents=True)
+            save_tensors(partial / "model.safetensors", self.state_dict())
+            write_json(partial / "config.json", asdict(self.config))
 
     @classmethod
     def load(cls, folder: Path, device: str = "cpu") -> "LanguageModel":
         """What `save` wrote. Raises InputError where the folder does not hold it."""
         try:
-            found = json.loads((folder / "config.json").read_text())
+            found = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             config = ModelConfig(**{**found, "mixers": tuple(found["mixers"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise InputError(f"{folder} holds no language model of this project ({error}).") from error

@@ -47,9 +47,9 @@ def recall(rows: int, time: int, pairs: int, vocabulary: int, generator: torch.G
 def check_fits(time: int, pairs: int, vocabulary: int) -> None:
     """Raise InputError where a row of this length cannot hold the pairs and ask for each."""
     if pairs < 1 or 4 * pairs > time:
-        raise InputError(f"mqar: {pairs} pairs need rows of at least {4 * pairs} tokens, not {time}.")
+        raise InputError(f"{pairs} pairs need rows of at least {4 * pairs} tokens, not {time}.")
     if vocabulary // 2 - 1 < pairs:
-        raise InputError(f"mqar: {pairs} keys need a vocabulary of at least {2 * pairs + 2}, not {vocabulary}.")
+        raise InputError(f"{pairs} keys need a `vocabulary` of at least {2 * pairs + 2}, not {vocabulary}.")
 
 
 def _distinct(

@@ -13,8 +13,23 @@ from torch import Tensor
 
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.errors import InputError
+from trimtab.identity import machine
+from trimtab.launch import CHECKPOINT
+from trimtab.rebased.mixers import ARMS
 from trimtab.rebased.model import LanguageModel, ModelConfig
 from trimtab.rebased.mqar import IGNORED, Recall, check_fits, recall
+from trimtab.validation import (
+    MOST_WORKERS,
+    WIDEST,
+    at_least,
+    listed,
+    nearest_of,
+    not_negative,
+    of_field,
+    rates,
+    require,
+    seeds,
+)
 
 SAVE_EVERY = 60.0
 """Seconds between checkpoints."""
@@ -55,19 +70,27 @@ class MQARConfig:
     """Runs at one time, each in a process of its own."""
 
     def __post_init__(self) -> None:
+        listed(self, "arms", "tasks", "d_models", "widths")
+        for arm in self.arms:
+            known = arm in ("softmax", "conv", *ARMS)
+            rule = f"a list of {', '.join(('softmax', 'conv', *ARMS))}{nearest_of(arm, ('softmax', 'conv', *ARMS))}"
+            require(known, "arms", self.arms, rule)
+        at_least(1, self, "vocabulary", "heads", "steps", "batch", "valid_rows", "test_rows", "readings")
         for task in self.tasks:
-            if len(task) != 2:
-                raise InputError(f"mqar: a task is [tokens of a row, pairs], not {list(task)}.")
-            check_fits(task[0], task[1], self.vocabulary)
-        if not (self.arms and self.tasks and self.d_models and self.widths):
-            raise InputError("mqar: arms, tasks, d_models and widths must each hold something.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise InputError(f"mqar: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"mqar: seeds must be distinct integers, not {list(self.seeds)}.")
-        for name in ("steps", "batch", "valid_rows", "test_rows", "readings", "workers", "heads"):
-            if getattr(self, name) < 1:
-                raise InputError(f"mqar: {name} must be positive, not {getattr(self, name)}.")
+            good = len(task) == 2 and all(isinstance(each, int) for each in task)
+            require(good, "tasks", list(self.tasks), "a list of pairs [tokens of a row, pairs]")
+            try:
+                check_fits(task[0], task[1], self.vocabulary)
+            except InputError as error:
+                raise of_field("tasks", error) from None
+        for name in ("d_models", "widths"):
+            require(max(getattr(self, name)) <= WIDEST, name, getattr(self, name), f"a list of numbers up to {WIDEST}")
+        rule = f"at most the least of `d_models`, which is {min(self.d_models)}"
+        require(self.heads <= min(self.d_models), "heads", self.heads, rule)
+        at_least(1, self, "workers", most=MOST_WORKERS)
+        rates(self, "learning_rates")
+        not_negative(self, "weight_decay")
+        seeds(self, "seeds")
 
     def model(self, job: "Job") -> ModelConfig:
         """Convolution, then the arm's mixer; learnt positions, no MLP, as in the papers."""
@@ -112,12 +135,17 @@ class RecallRun:
 def train_recall(
     config: MQARConfig, job: Job, device: str = "cpu", checkpoint: Path | None = None
 ) -> tuple[LanguageModel, RecallRun]:
-    """One run. Interrupted and called again with the same checkpoint file it goes on, to the same weights."""
+    """One run. Interrupted and called again with the same checkpoint file, arguments and machine it continues, to the
+    same weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(job.seed)
         model = LanguageModel(config.model(job)).to(device)
     optimiser = torch.optim.AdamW(parameter_groups(model, config.weight_decay), lr=job.learning_rate, fused=True)
-    saved = Checkpoint(checkpoint, [asdict(config), list(job), device])
+    names = ("steps", "batch", "weight_decay", "valid_rows", "readings")
+    saved = Checkpoint(
+        checkpoint, job._asdict(), model=config.model(job), config={name: getattr(config, name) for name in names},
+        code=train_recall, **machine(device),
+    )  # fmt: skip
     history, first = [], 0
     if (found := saved.load()) is not None:
         resume_training(found[0], model.state_dict(), optimiser)
@@ -181,9 +209,9 @@ def shape(step: int, steps: int, warm_up: float = 0.1) -> float:
     return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * (step - warm) / max(1.0, steps - warm)))))
 
 
-def run_job(config: MQARConfig, device: str, *job: Any) -> dict[str, Any]:
-    """`train_recall` for `launch.each`: the run as plain numbers."""
-    run = asdict(train_recall(config, Job(*job), device)[1])
+def run_job(config: MQARConfig, device: str, *job: Any, place: Path) -> dict[str, Any]:
+    """`train_recall` for `launch.each` with `places`: the run as plain numbers."""
+    run = asdict(train_recall(config, Job(*job), device, place / CHECKPOINT)[1])
     return Job(*job)._asdict() | {name: value for name, value in run.items() if name != "job"}
 
 

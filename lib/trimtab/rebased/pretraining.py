@@ -1,12 +1,12 @@
 """Language modelling on real text: training one mixer's model, and its perplexity, recalled tokens and others apart."""
 
-import hashlib
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import torch
@@ -18,10 +18,12 @@ from tqdm import tqdm
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of
 from trimtab.errors import InputError
-from trimtab.launch import in_worker
+from trimtab.identity import machine
+from trimtab.launch import CHECKPOINT, in_worker
 from trimtab.rebased.model import LanguageModel, ModelConfig, hybrid
 from trimtab.rebased.mqar_training import SAVE_EVERY, parameter_groups, shape
 from trimtab.rebased.text import Text
+from trimtab.validation import MOST_WORKERS, WIDEST, at_least, not_negative, one_of, rates, require, seeds
 
 ARMS = {
     "softmax": ("softmax", 0), "based": ("based", 0), "rebased": ("rebased", 0),
@@ -70,26 +72,17 @@ class PretrainConfig:
     """By which arms are compared, spread evenly over the test documents."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "block_tokens",
-            "tokens",
-            "batch",
-            "sweep_tokens",
-            "common",
-            "readings",
-            "workers",
-            "valid_blocks",
-            "test_blocks",
-            "depth",
-        ):
-            if getattr(self, name) < 1:
-                raise InputError(f"pretrain: {name} must be positive, not {getattr(self, name)}.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise InputError(f"pretrain: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"pretrain: seeds must be distinct integers, not {list(self.seeds)}.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise InputError(f"pretrain: dtype must be float32 or bfloat16, not {self.dtype!r}.")
+        counts = "vocabulary block_tokens window tokens batch sweep_tokens readings common"
+        at_least(1, self, *counts.split(), "valid_blocks", "test_blocks")
+        at_least(1, self, "d_model", "heads", "d_k", "mlp", most=WIDEST)
+        at_least(2, self, "depth")
+        at_least(1, self, "workers", most=MOST_WORKERS)
+        rule = f"a multiple of 2 `heads` = {2 * self.heads}, as rotary positions need heads of even width"
+        require(self.d_model % (2 * self.heads) == 0, "d_model", self.d_model, rule)
+        rates(self, "learning_rates")
+        not_negative(self, "weight_decay")
+        seeds(self, "seeds")
+        one_of(("float32", "bfloat16"), self, "dtype")
 
     def model(self, arm: str) -> ModelConfig:
         """Raises InputError for an unknown arm."""
@@ -125,7 +118,7 @@ def pretrain(
 ) -> PretrainRun:
     """One run over `tokens` (default: the configuration's), epoch after epoch without replacement.
 
-    Interrupted and called again with the same checkpoint file it goes on, to the same weights.
+    Interrupted and called again with the same checkpoint file, arguments and machine it continues, to the same weights.
     """
     length = blocks.shape[1] - 1
     steps = max(1, (tokens or config.tokens) // (config.batch * length))
@@ -135,8 +128,11 @@ def pretrain(
     optimiser = torch.optim.AdamW(
         parameter_groups(model, config.weight_decay), lr=learning_rate, betas=(0.9, 0.95), fused=True
     )
-    text = hashlib.sha256(blocks.numpy().tobytes() + valid.numpy().tobytes()).hexdigest()
-    saved = Checkpoint(checkpoint, [asdict(config), arm, learning_rate, seed, steps, text, device])
+    names = ("batch", "weight_decay", "dtype", "readings")
+    saved = Checkpoint(
+        checkpoint, arm=arm, model=config.model(arm), config={name: getattr(config, name) for name in names},
+        learning_rate=learning_rate, seed=seed, steps=steps, text=blocks, valid=valid, code=pretrain, **machine(device),
+    )  # fmt: skip
     history, first = [], 0
     if (found := saved.load()) is not None:
         resume_training(found[0], model.state_dict(), optimiser)
@@ -209,30 +205,18 @@ def by_position(losses: Float[Tensor, "blocks length"], bins: int = 16) -> pl.Da
 
 
 def run_job(
-    config: PretrainConfig,
-    text: str,
-    folder: str,
-    device: str,
-    arm: str,
-    learning_rate: float,
-    seed: int,
-    tokens: int,
-) -> list[dict[str, int | float]]:
-    """`pretrain` for `launch.each`, on the text of a folder: the history; the model is kept, see `model_of`."""
+    config: PretrainConfig, text: str, device: str, arm: str, learning_rate: float, seed: int, tokens: int, place: Path
+) -> dict[str, Any]:
+    """`pretrain` for `launch.each` with `places`, on the text of a folder: `history`, and `model`, a folder's path from
+    where results are kept."""
     source = Text.load(Path(text))
     blocks, valid = (source.blocks(split, config.block_tokens) for split in ("train", "val"))
-    kept = model_of(folder, arm, learning_rate, seed, tokens)
     run = pretrain(
         config, arm, blocks, valid[spread(len(valid), config.valid_blocks)], learning_rate=learning_rate, seed=seed,
-        tokens=tokens, device=device, checkpoint=kept.with_suffix(".safetensors"),
+        tokens=tokens, device=device, checkpoint=place / CHECKPOINT,
     )  # fmt: skip
-    run.model.save(kept)
-    return run.history
-
-
-def model_of(folder: str, arm: str, learning_rate: float, seed: int, tokens: int) -> Path:
-    """Where a job leaves its model."""
-    return Path(folder) / f"{arm}-{learning_rate:g}-{seed}-{tokens}"
+    run.model.save(place / "model")
+    return {"history": run.history, "model": f"{place.name}/model"}
 
 
 def best_rate(losses: Mapping[float, float]) -> float:

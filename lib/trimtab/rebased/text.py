@@ -10,8 +10,9 @@ from jaxtyping import Bool, Int
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 
-from trimtab.checkpoint import atomic, load_tensors, save_tensors
+from trimtab.checkpoint import atomic, load_tensors, read_json, save_tensors
 from trimtab.errors import InputError
+from trimtab.validation import require
 
 BOUNDARY = "<|endoftext|>"
 """Between documents, and before the first: id 0."""
@@ -26,8 +27,8 @@ class TextConfig:
     """Tokens of the vocabulary trained on the corpus: small, so that embeddings fit small models."""
 
     def __post_init__(self) -> None:
-        if self.vocabulary < 257:
-            raise InputError(f"pretrain_text: a byte-level vocabulary has at least 257 tokens, not {self.vocabulary}.")
+        rule = "at least 257, for a byte-level vocabulary"
+        require(self.vocabulary >= 257, "vocabulary", self.vocabulary, rule)
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
@@ -48,6 +49,17 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     if tokenizer.get_vocab_size() != vocabulary:
         raise InputError(f"The texts hold only {tokenizer.get_vocab_size()} of {vocabulary} tokens: ask for fewer.")
     return tokenizer
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    """The tokenizer that `Text.save` wrote. Raises InputError where it is missing or damaged."""
+    read_json(folder / "tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+    except Exception as error:  # which tokenizers raises for JSON that is no tokenizer
+        raise InputError(
+            f"{folder}/tokenizer.json holds no tokenizer ({error}): delete it and run its stage again."
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 
 from trimtab.claims import ratio_terms, seeds_and_groups
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
 from trimtab.plots import COLOURS
 from trimtab.rebased.pretraining import ARMS
 
@@ -28,10 +29,10 @@ def check_arms(arms: Sequence[str]) -> None:
     """Raise InputError for a name that is no arm, and where one that a claim needs is missing."""
     for arm in arms:
         if arm not in ARMS:
-            raise InputError(f"pretrain_compare: {arm!r} is not an arm: write any of {', '.join(ARMS)}.")
+            raise InputError(f"{arm!r} is not an arm: write any of {', '.join(ARMS)}.")
     missing = [arm for arm in NEEDED if arm not in arms]
     if missing:
-        raise InputError(f"pretrain_compare: arms must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
+        raise InputError(f"`arms` must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Losses:
             path = trained / arm / "losses.parquet"
             if not path.is_file():
                 raise InputError(f"{path} is missing: run `dvc repro pretrain@{arm}`.")
-            table = pl.read_parquet(path).group_by("seed", "group").agg(pl.exclude("seed", "group").sum())
+            table = read_parquet(path).group_by("seed", "group").agg(pl.exclude("seed", "group").sum())
             table = table.sort("seed", "group")
             seeds = table["seed"].n_unique()
             same = table.select("seed", "group", "recalled", "others")

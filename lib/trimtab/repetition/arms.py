@@ -131,7 +131,7 @@ class Arm:
         """Objective, what follows it, and LoRA's rank, the latter two empty where there is none."""
         # Longest first: implicit-shuffled is not implicit followed by something.
         objectives = "|".join(sorted(OBJECTIVES, key=len, reverse=True))
-        match = re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d*))?", self.name)
+        match = re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d{{0,4}}))?", self.name)
         if match is None:
             raise InputError(
                 f"{self.name!r} is not an arm: write one of {', '.join(OBJECTIVES)}, alone or followed by -steering "

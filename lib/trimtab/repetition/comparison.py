@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from trimtab.claims import ratio_terms, seeds_and_groups
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
 from trimtab.repetition.arms import Arm
 from trimtab.repetition.experiment import UNTRAINED
 from trimtab.repetition.ngrams import seq_rep
@@ -33,17 +34,17 @@ def check_arms(arms: Sequence[str]) -> None:
             Arm(arm)
     missing = [arm for arm in NEEDED if arm not in arms]
     if missing:
-        raise InputError(f"repetition_compare: arms must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
+        raise InputError(f"`arms` must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
 
 
 def read_table(trained: Path, arms: Sequence[str], name: str) -> pl.DataFrame:
-    """`NAME.parquet` of every arm, with a column `arm`. Raises InputError for a missing file."""
+    """`NAME.parquet` of every arm, with a column `arm`. Raises InputError for a missing or damaged file."""
     tables = []
     for arm in arms:
         path = trained / arm / f"{name}.parquet"
         if not path.is_file():
             raise InputError(f"{path} is missing: run `dvc repro repetition@{arm}`.")
-        tables.append(pl.read_parquet(path).select(pl.lit(arm).alias("arm"), pl.all()))
+        tables.append(read_parquet(path).select(pl.lit(arm).alias("arm"), pl.all()))
     return pl.concat(tables)
 
 

@@ -3,6 +3,19 @@
 from dataclasses import dataclass
 
 from trimtab.errors import InputError
+from trimtab.repetition.decoding import Decoder
+from trimtab.validation import (
+    MOST_WORKERS,
+    at_least,
+    listed,
+    not_negative,
+    of_field,
+    one_of,
+    positive,
+    rates,
+    require,
+    seeds,
+)
 
 
 @dataclass(frozen=True)
@@ -36,23 +49,15 @@ class TrainingConfig:
     """Sequences in one backward pass. They are short: on two cores six at once take half as long as one by one."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "prefixes", "prefix_tokens", "tokens", "n", "readings", "rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
-        if self.readings > self.updates:
-            raise InputError(f"repetition: readings must be at most updates = {self.updates}, not {self.readings}.")
-        if self.n > self.tokens:
-            raise InputError(f"repetition: a continuation of {self.tokens} tokens holds no {self.n}-gram.")
-        if self.rollout_temperature not in (0.0, 1.0):
-            raise InputError(
-                "repetition: rollout_temperature must be 0 (greedy) or 1 (drawn from the model as it is, to which the "
-                f"gradient belongs), not {self.rollout_temperature}."
-            )
-        for name in ("reward_weight", "unlikelihood_weight", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise InputError(f"repetition: {name} must not be negative, not {getattr(self, name)}.")
-        if self.max_grad_norm <= 0:
-            raise InputError(f"repetition: max_grad_norm must be positive, not {self.max_grad_norm}.")
+        at_least(1, self, "updates", "prefixes", "prefix_tokens", "tokens", "n", "readings", "rows")
+        require(self.readings <= self.updates, "readings", self.readings, f"at most `updates` = {self.updates}")
+        require(self.n <= self.tokens, "n", self.n, f"at most `tokens` = {self.tokens}, the length of a continuation")
+        require(
+            self.rollout_temperature in (0.0, 1.0), "rollout_temperature", self.rollout_temperature,
+            "0 (greedy) or 1 (drawn from the model as it is, to which the gradient belongs)",
+        )  # fmt: skip
+        not_negative(self, "reward_weight", "unlikelihood_weight", "weight_decay")
+        positive(self, "max_grad_norm")
 
 
 @dataclass(frozen=True)
@@ -103,27 +108,31 @@ class RepetitionConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = "val_prefixes val_tokens test_prefixes decoder_prefixes test_tokens row_tokens batch repeats workers"
-        for name in counts.split():
-            if getattr(self, name) < 1:
-                raise InputError(f"repetition: {name} must be positive, not {getattr(self, name)}.")
-        if self.decoder_prefixes > self.test_prefixes:
-            raise InputError(
-                f"repetition: decoder_prefixes must be at most test_prefixes = {self.test_prefixes}, not "
-                f"{self.decoder_prefixes}."
-            )
-        if min(self.other_prefixes, self.other_tokens, self.sentences) < 0:
-            raise InputError("repetition: other_prefixes, other_tokens and sentences must not be negative.")
-        if not self.learning_rates or min(self.learning_rates) <= 0 or self.adapter_rate_factor <= 0:
-            raise InputError("repetition: learning_rates and adapter_rate_factor must be positive.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"repetition: seeds must be distinct integers, not {list(self.seeds)}.")
-        if not self.domains:
-            raise InputError("repetition: domains must name at least one kind of source.")
-        if "greedy" not in self.decoders:
-            raise InputError("repetition: decoders must hold greedy, which the claims are about.")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise InputError(f"repetition: dtype must be bfloat16 or float32, not {self.dtype!r}.")
+        counts = "val_prefixes val_tokens test_prefixes decoder_prefixes test_tokens row_tokens batch repeats"
+        at_least(1, self, *counts.split())
+        at_least(1, self, "workers", most=MOST_WORKERS)
+        at_least(2, self, "row_tokens")
+        require(
+            self.decoder_prefixes <= self.test_prefixes, "decoder_prefixes", self.decoder_prefixes,
+            f"at most `test_prefixes` = {self.test_prefixes}",
+        )  # fmt: skip
+        at_least(0, self, "other_prefixes", "other_tokens", "sentences")
+        rates(self, "learning_rates")
+        positive(self, "adapter_rate_factor")
+        seeds(self, "seeds")
+        listed(self, "domains", "decoders")
+        require("greedy" in self.decoders, "decoders", self.decoders, "a list that holds greedy, for the claims")
+        for name in ("decoders", "once_decoders", "base_decoders"):
+            for decoder in getattr(self, name):
+                try:
+                    Decoder.of(decoder)
+                except InputError as error:
+                    raise of_field(name, error) from None
+        every = [*self.decoders, *self.once_decoders, *self.base_decoders]
+        twice = [decoder for decoder in every if every.count(decoder) > 1]
+        rule = "decoders of which none is among `once_decoders`, `base_decoders` or `decoders` twice"
+        require(not twice, "decoders", twice, rule)
+        one_of(("bfloat16", "float32"), self, "dtype")
 
 
 @dataclass(frozen=True)
@@ -140,7 +149,10 @@ class CompareConfig:
     """Prefixes whose continuations are shown side by side."""
 
     def __post_init__(self) -> None:
-        if "nucleus-0.9" not in self.quality_decoders:
-            raise InputError("repetition_compare: quality_decoders must hold nucleus-0.9, which claims are about.")
-        if self.clusters < 2 or self.shown < 1:
-            raise InputError("repetition_compare: clusters must be at least 2 and shown at least 1.")
+        listed(self, "quality_decoders")
+        once = self.once_quality_decoders
+        require(len(set(once)) == len(once), "once_quality_decoders", once, "a list that holds each decoder once")
+        rule = "a list that holds nucleus-0.9, which claims are about"
+        require("nucleus-0.9" in self.quality_decoders, "quality_decoders", self.quality_decoders, rule)
+        at_least(2, self, "clusters")
+        at_least(1, self, "shown")

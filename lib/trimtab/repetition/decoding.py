@@ -73,7 +73,9 @@ class Decoder:
     def of(cls, name: str) -> "Decoder":
         """From a name such as `top-k-8`. Raises InputError for one of no known form."""
         for form in FORMS:
-            pattern = re.sub("-[NK]", r"-(?P<count>\\d+)", re.sub("-[PXA]", r"-(?P<value>\\d+(\\.\\d+)?)", form))
+            pattern = re.sub(
+                "-[NK]", r"-(?P<count>\\d{1,6})", re.sub("-[PXA]", r"-(?P<value>\\d{1,6}(\\.\\d{1,9})?)", form)
+            )
             if match := re.fullmatch(pattern, name):
                 found = match.groupdict()
                 return cls(name, re.sub("-[A-Z]", "", form), int(found.get("count", 1)), float(found.get("value", 1)))

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab import launch
-from trimtab.checkpoint import read_json, save_tensors, write_json
+from trimtab.checkpoint import save_tensors
 from trimtab.errors import InputError
+from trimtab.identity import Identity, digest, identify, machine
 from trimtab.pretrained import load_tokenizer
 from trimtab.repetition.arms import Arm, PlainPolicy
 from trimtab.repetition.config import RepetitionConfig
@@ -31,6 +32,8 @@ UNTRAINED = "untrained"
 """The arm that is only read."""
 CEILING = 0.01
 """A rate may raise validation perplexity by this share at most, as the claim about test perplexity has it."""
+MOST_NATS = 709.0
+"""Nats a token whose perplexity is a float."""
 EVALUATION_SEED = 1_000
 """Of drawn continuations: the same for every arm and training seed."""
 
@@ -58,6 +61,13 @@ class Bench:
     def __getstate__(self) -> dict[str, Any]:
         """For a process of its own: what it was made of, not what was read since."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    @cached_property
+    def identity(self) -> Identity:
+        """What every result of the bench depends on, but for threads and code."""
+        config = {name: value for name, value in vars(self.config).items() if name != "workers"}
+        contents = {"model": Path(self.folder), "corpus": self.library.blocks}
+        return identify(arm=str(self.arm), config=config, **contents, device=machine(self.device)["device"])
 
     @property
     def domain(self) -> str:
@@ -142,14 +152,14 @@ class Bench:
             return Run(policy, Trained([], []))
         trained = train(
             policy, self.arm, self.train_prefixes, self.train_blocks, self.validate, self.config, learning_rate=rate,
-            seed=seed, checkpoint=self.checkpoint(rate, seed, folder),
+            seed=seed, checkpoint=self.checkpoint(rate, seed, folder), identity={"validation": self.val_rows},
             title=f"{self.arm} seed {seed} rate {rate:g}",
         )  # fmt: skip
         return Run(policy, trained)
 
     def checkpoint(self, rate: float, seed: int, folder: Path) -> Path:
-        """Of one run."""
-        return folder / f"seed-{seed}-rate-{rate:g}.safetensors"
+        """The file of one run of this identity."""
+        return folder / digest(self.identity) / f"seed-{seed}-rate-{rate:g}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -187,18 +197,19 @@ class Sweep:
 def sweep(bench: Bench, untrained: Policy, folder: Path) -> Sweep:
     """A whole run at each learning rate of the grid, with the first seed; of those not chosen no checkpoint is kept.
     `folder` has what an interrupted sweep goes on from."""
-    known, rates = folder / "untrained.json", bench.rates()
-    if not known.is_file():
-        write_json(known, math.exp(bench.validate(untrained)))
+    rates, identity = bench.rates(), bench.identity
+    read = partial(bench.validate, untrained)
+    (nats,) = launch.each(read, [()], folder / "untrained", identity=identity, title="untrained")
     run, jobs = partial(try_rate, bench, folder), [(rate,) for rate in rates]
-    rows = launch.each(run, jobs, folder / "sweep", workers=bench.config.workers, title=f"{bench.arm}, rates")
+    workers, title = bench.config.workers, f"{bench.arm}, rates"
+    rows = launch.each(run, jobs, folder / "sweep", identity=identity, workers=workers, title=title)
     table = pl.DataFrame(rows, schema_overrides={"kept": pl.Int32})
     if not table["val_perplexity"].is_finite().any():
         raise InputError(
             f"{bench.arm} falls apart at every learning rate: lower learning_rates or adapter_rate_factor of section "
             "repetition."
         )
-    swept = Sweep(table, read_json(known))
+    swept = Sweep(table, perplexity_of(nats))
     for rate in rates:
         if rate != swept.best:
             bench.checkpoint(rate, bench.config.seeds[0], folder).unlink(missing_ok=True)
@@ -212,7 +223,12 @@ def try_rate(bench: Bench, folder: Path, rate: float) -> dict[str, float]:
     broken = math.isinf(kept.nats)  # a policy of NaN cannot be decoded
     repetition = 1.0 if broken else bench.val_repetition(run.policy)
     row = {"learning_rate": rate, "kept": kept.update}
-    return row | {"val_perplexity": math.exp(kept.nats), "val_seq_rep": repetition}
+    return row | {"val_perplexity": perplexity_of(kept.nats), "val_seq_rep": repetition}
+
+
+def perplexity_of(nats: float) -> float:
+    """exp(nats), infinite where no float is as large."""
+    return math.exp(nats) if nats < MOST_NATS else math.inf
 
 
 def history_of(seed: int, trained: Trained) -> pl.DataFrame:
@@ -225,7 +241,7 @@ def history_of(seed: int, trained: Trained) -> pl.DataFrame:
 
 def validations_of(seed: int, trained: Trained) -> pl.DataFrame:
     """Columns `seed`, `update`, `perplexity`, and `kept`: whether its parameters are the run's."""
-    rows = [(seed, each.update, math.exp(each.nats), each == trained.kept) for each in trained.readings]
+    rows = [(seed, each.update, perplexity_of(each.nats), each == trained.kept) for each in trained.readings]
     schema = {"seed": pl.Int32, "update": pl.Int32, "perplexity": pl.Float64, "kept": pl.Boolean}
     return pl.DataFrame(rows, schema=schema, orient="row")
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from trimtab import launch
-from trimtab.checkpoint import atomic
+from trimtab.files import atomic, publish, read_parquet
 from trimtab.markup import visible
 from trimtab.repetition.experiment import (
     UNTRAINED,
@@ -58,7 +58,7 @@ class Readings:
     @classmethod
     def of(cls, folder: Path) -> "Readings":
         """What `write` wrote."""
-        return cls(**{field.name: pl.read_parquet(folder / f"{field.name}.parquet") for field in fields(cls)})
+        return cls(**{field.name: read_parquet(folder / f"{field.name}.parquet") for field in fields(cls)})
 
     @classmethod
     def together(cls, several: list["Readings"]) -> "Readings":
@@ -79,21 +79,21 @@ def read_all(bench: Bench, swept: Sweep | None, folder: Path) -> Readings:
     rate = swept.best if swept else 0.0
     run, jobs = partial(read_seed, bench, rate, folder), [(seed,) for seed in seeds]
     # As many threads to a run as the sweep had, whose checkpoint of the first seed is of no use to others.
-    workers = bench.config.workers if swept else 1
-    launch.each(run, jobs, folder / "read", workers=workers, title=f"{bench.arm or UNTRAINED}, seeds")
+    workers, title, kept = bench.config.workers if swept else 1, f"{bench.arm or UNTRAINED}, seeds", folder / "read"
+    for place in launch.each(run, jobs, kept, identity=bench.identity, workers=workers, places=True, title=title):
+        publish(kept / place, folder / Path(place).name)
     return Readings.together([Readings.of(folder / f"seed-{seed}") for seed in bench.config.seeds if seed in seeds])
 
 
-def read_seed(bench: Bench, rate: float, folder: Path, seed: int) -> None:
-    """One seed's run and readings, as folder `seed-SEED`."""
-    where = folder / f"seed-{seed}"
-    if where.is_dir():
-        return
+def read_seed(bench: Bench, rate: float, folder: Path, seed: int, place: Path) -> str:
+    """One seed's run and readings, as folder `seed-SEED` of the job's place. Returns its path from that place's
+    parent."""
     run = bench.train(rate, seed, folder)
-    with atomic(where) as partial_folder:
+    with atomic(place / f"seed-{seed}") as partial_folder:
         partial_folder.mkdir(parents=True)
         read(bench, run, seed).write(partial_folder)
         save_trained(partial_folder, bench, run)
+    return f"{place.name}/seed-{seed}"
 
 
 def keep(bench: Bench, readings: Readings, folder: Path, out: Path) -> None:

@@ -11,7 +11,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from trimtab.corpus import read_blocks
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
 
 
 @dataclass(frozen=True)
@@ -35,13 +37,10 @@ class Library:
     """The corpus of stage `corpus`, by split and domain (the kind of a source, as `wikipedia` or `sotu`)."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises InputError where the corpus is missing."""
-        for name in ("blocks", "documents", "sources"):
-            if not (folder / f"{name}.parquet").is_file():
-                raise InputError(f"{folder}/{name}.parquet is missing: run `dvc repro corpus`.")
-        kinds = pl.read_parquet(folder / "sources.parquet").select("source", "kind")
-        documents = pl.read_parquet(folder / "documents.parquet", columns=["document", "source", "name", "group"])
-        blocks = pl.scan_parquet(folder / "blocks.parquet").drop("char_start", "char_end").collect()
+        """Raises InputError where the corpus is missing or damaged."""
+        kinds = read_parquet(folder / "sources.parquet", columns=["source", "kind"])
+        documents = read_parquet(folder / "documents.parquet", columns=["document", "source", "name", "group"])
+        blocks = read_blocks(folder / "blocks.parquet")
         self.blocks = blocks.join(documents.join(kinds, on="source"), on="document", maintain_order="left")
 
     def passages(self, split: str, domain: str, length: int, most: int, seed: int) -> Passages:

@@ -17,8 +17,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm import tqdm
 
+from trimtab import code
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of, mix
+from trimtab.identity import machine
 from trimtab.launch import in_worker
 from trimtab.repetition.arms import VECTORS, Arm, Kind
 from trimtab.repetition.config import TrainingConfig
@@ -91,15 +93,18 @@ def train(
 
     Rollouts go on from `prefixes`, likelihood is taken on `blocks`, one an update, both without replacement, epoch
     after epoch. The learning rate falls linearly to 0. `validate` gives nats a token. Interrupted and called again with
-    the same checkpoint file and a fresh policy, it goes on and ends with the same parameters; `identity` says what
-    else, beside the arguments, the run belongs to (model, text).
+    the same checkpoint file, arguments and machine and an equal fresh policy, it continues and ends with the same
+    parameters; `identity` says what `validate` depends on (its text), which no argument shows.
     """
     for parameter in policy.trained.values():
         parameter.requires_grad_()
     optimiser = torch.optim.AdamW(_groups(policy.trained, config.weight_decay), lr=learning_rate, eps=1e-8, fused=True)
-    machine = [str(policy.device), torch.get_num_threads()]
-    given = [asdict(config), learning_rate, seed, len(prefixes), len(blocks), machine, str(arm), identity]
-    saved = Checkpoint(checkpoint, given)
+    saved = Checkpoint(
+        checkpoint, identity, config={name: getattr(config, name) for name in TrainingConfig.__dataclass_fields__},
+        learning_rate=learning_rate, seed=seed, arm=str(arm), prefixes=prefixes, blocks=blocks, start=policy.trained,
+        policy=type(policy), model=policy.view._module, validation=code.of(validate), code=train,
+        **machine(policy.device),
+    )  # fmt: skip
     history: list[Update] = []
     readings: list[Reading] = []
     best: dict[str, Tensor] = {}

@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from trimtab.errors import InputError
 from trimtab.rl.advantages import ESTIMATORS
+from trimtab.validation import at_least, not_negative, one_of, positive, require
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,12 @@ class RLConfig:
     faster than eight, and holds a fifth of the activations."""
 
     def __post_init__(self) -> None:
-        for name in ("updates", "prompts", "max_new_tokens", "steps_per_batch", "rows"):
-            if getattr(self, name) < 1:
-                raise InputError(f"rl: {name} must be positive, not {getattr(self, name)}.")
-        if self.estimator not in ESTIMATORS:
-            raise InputError(f"rl: estimator must be one of {', '.join(ESTIMATORS)}, not {self.estimator!r}.")
-        if self.group < (2 if self.estimator in ("rloo", "grpo", "grpo_no_std") else 1):
-            raise InputError(f"rl: {self.estimator} compares completions of a prompt: group must be at least 2.")
-        if self.temperature <= 0 or self.max_grad_norm <= 0:
-            raise InputError("rl: temperature and max_grad_norm must be positive.")
-        if not 0 <= self.warm_up < 1 or self.kl < 0 or self.clip <= 0:
-            raise InputError("rl: warm_up must lie in [0, 1), kl must not be negative, clip must be positive.")
+        at_least(1, self, "updates", "prompts", "max_new_tokens", "steps_per_batch", "rows", "group")
+        one_of(ESTIMATORS, self, "estimator")
+        if self.estimator in ("rloo", "grpo", "grpo_no_std"):
+            rule = f"at least 2, as {self.estimator} compares completions of a prompt"
+            require(self.group >= 2, "group", self.group, rule)
+        positive(self, "temperature", most=100)
+        positive(self, "max_grad_norm", "clip")
+        require(0 <= self.warm_up < 1, "warm_up", self.warm_up, "a number from 0 to less than 1")
+        not_negative(self, "kl")

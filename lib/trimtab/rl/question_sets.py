@@ -1,6 +1,5 @@
 """Sets of questions and answers, from a hub or a local file, as tasks."""
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,11 +7,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import polars as pl
-
 from trimtab.errors import InputError
+from trimtab.pretrained import hub_trouble
 from trimtab.rl.tasks import BOXED, SPLITS, Item, Task, digest, split_of
 from trimtab.rl.verify import last_box
+from trimtab.rows import cell, kind, read_rows
 
 SPELLINGS = {"validation": "val", "valid": "val", "dev": "val"}
 """How sets call their splits."""
@@ -41,10 +40,10 @@ class QuestionSet(Task):
 
     def _ordered(self, split: str, order: str) -> Iterator[Item]:
         rows = list(_hub_rows(self.source, self.configs) if self.source.startswith("hub:") else _file_rows(self.source))
-        own = {label for label, _ in rows} & set(SPLITS)
+        own = {label for _, label, _ in rows} & set(SPLITS)
         shared: dict[str, dict[str, str]] = {name: {} for name in SPLITS}
-        for index, (label, row) in enumerate(rows):
-            question, answer = self._cells(index, row)
+        for place, label, row in rows:
+            question, answer = self._cells(place, row)
             where = self._split(question, label, own)
             if question and answer and where in shared:
                 shared[where][question] = answer
@@ -53,12 +52,18 @@ class QuestionSet(Task):
         for question in sorted(mine, key=lambda text: digest(f"{order}/{text}")):
             yield Item(self.name, question, shared[split][question], self.instruction)
 
-    def _cells(self, index: int, row: Mapping[str, Any]) -> tuple[str, str]:
-        for column in (self.question, self.answer):
-            if column not in row:
-                has = ", ".join(sorted(row))
-                raise InputError(f"{self.source}: row {index} has no column `{column}`; it has {has}.")
-        return str(row[self.question] or "").strip(), _gold(row[self.answer])
+    def _cells(self, place: str, row: dict[str, Any]) -> tuple[str, str]:
+        where = f"{self.source}: {place}"
+        question, answer = (cell(row, column, where) for column in (self.question, self.answer))
+        if not isinstance(question, str | None):
+            raise InputError(f"{where} has a `{self.question}` that is {kind(question)}, where a string should stand.")
+        parts = answer if isinstance(answer, list) else [answer]
+        if wrong := [part for part in parts if isinstance(part, dict | list | bytes)]:
+            found = f"{kind(wrong[0])}{' in a list' if parts is answer else ''}"
+            raise InputError(
+                f"{where} has an `{self.answer}` that is {found}, where a string or a number should stand."
+            )
+        return (question or "").strip(), _gold(parts)
 
     def _split(self, question: str, label: str, own: set[str]) -> str:
         if self.only is None and len(own) < 2:
@@ -88,8 +93,7 @@ def open_question_set(source: str) -> QuestionSet:
     return QuestionSet(name=source, source=source, **known)
 
 
-def _gold(cell: Any) -> str:
-    parts = cell if isinstance(cell, list) else [cell]
+def _gold(parts: list[Any]) -> str:
     text = ", ".join("" if part is None else str(part) for part in parts).rsplit("####", 1)[-1].strip()
     return last_box(text) or text
 
@@ -102,30 +106,23 @@ def _hub_parts(source: str) -> tuple[str, str | None, str]:
     return match[1], match[2], match[3]
 
 
-def _hub_rows(source: str, configs: tuple[str | None, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(split, row) of every row of a set of the hub."""
+def _hub_rows(source: str, configs: tuple[str | None, ...]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place, split, row) of every row of a set of the hub."""
     import datasets
 
     path, config, revision = _hub_parts(source)
     for each in (config,) if config else configs:
         try:
-            loaded = datasets.load_dataset(path, each, revision=revision)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise InputError(f"Cannot read {source}: {str(error).strip().splitlines()[0]}") from error
-        for label, rows in loaded.items():
-            for row in rows:
-                yield SPELLINGS.get(str(label), str(label)), row
+            for label, rows in datasets.load_dataset(path, each, revision=revision).items():
+                name = str(label)
+                found = [(f"row {i} of {name}", SPELLINGS.get(name, name), row) for i, row in enumerate(rows, start=1)]
+                yield from found
+        except Exception as error:  # of a network, a repository and a file format, none of which is ours
+            raise hub_trouble(source, error) from error
 
 
-def _file_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(split or nothing, row) of every row of a .jsonl or .parquet file."""
-    try:
-        if Path(source).suffix == ".parquet":
-            rows = pl.read_parquet(source).to_dicts()
-        else:
-            rows = [json.loads(line) for line in Path(source).read_text(encoding="utf-8").split("\n") if line.strip()]
-    except (OSError, ValueError, pl.exceptions.PolarsError) as error:
-        raise InputError(f"Cannot read {source}: {str(error).strip().splitlines()[0]}") from error
-    for row in rows:
+def _file_rows(source: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """(place, split or nothing, row) of every row of a .jsonl or .parquet file."""
+    for place, row in read_rows(Path(source)):
         label = str(row.get("split") or "")
-        yield SPELLINGS.get(label, label), row
+        yield place, SPELLINGS.get(label, label), row

@@ -12,8 +12,10 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from trimtab import code
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of, mix
+from trimtab.identity import machine
 from trimtab.rl.advantages import ESTIMATORS, informative
 from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
@@ -72,19 +74,23 @@ def train(
     """Train a policy's parameters in place on `prompts` (token ids). Returns the history, an entry for each update.
 
     `seed` sets which prompts come when, and the samples drawn. Prompts come without replacement, epoch after epoch.
-    Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file and a fresh
-    policy, it goes on and ends with the same parameters; `identity` says what else, beside the arguments, the run
-    belongs to (model, task, arm). `worth` is asked after each update whether the run is worth going on: if it is not,
-    the run ends there, and its checkpoint, which takes seconds for a whole model, is not written. At the end
-    `policy.training_bytes` has the bytes of trained parameters, gradients and the optimiser's state.
+    Interrupted, or stopped after the update number `until`, and called again with the same checkpoint file, arguments
+    and machine and an equal fresh policy, it continues and ends with the same parameters; `identity` says what the
+    rewards depend on (the task's answers, the arm), which no argument shows. `worth` is asked after each update whether
+    the run should continue: if not, it ends there, and its checkpoint, which takes seconds for a whole model, is not
+    written. At the end `policy.training_bytes` has the bytes of trained parameters, gradients and optimiser state.
     """
     parameters = list(policy.trained.values())
     for parameter in parameters:
         parameter.requires_grad_()
     start = [parameter.detach().clone() for parameter in parameters]
     optimiser = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
-    machine = [str(policy.device), torch.get_num_threads()]
-    saved = Checkpoint(checkpoint, [asdict(config), learning_rate, seed, len(prompts), machine, identity])
+    saved = Checkpoint(
+        checkpoint, identity, config={name: getattr(config, name) for name in RLConfig.__dataclass_fields__},
+        learning_rate=learning_rate, seed=seed, prompts=prompts, end=end, start=policy.trained, policy=type(policy),
+        model=list(dict.fromkeys([policy.view._module, policy.base._module])), reward=code.of(reward), code=train,
+        **machine(policy.device),
+    )  # fmt: skip
     history: list[Update] = []
     baseline = 0.0
     if (found := saved.load()) is not None:

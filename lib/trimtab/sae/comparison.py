@@ -10,6 +10,7 @@ import polars as pl
 from jaxtyping import Float
 
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
 from trimtab.sae.config import Arm
 
 
@@ -32,7 +33,7 @@ class Sides:
         single = sorted((arm for arm in parsed if arm.kind == "topk"), key=lambda arm: arm.k)
         if len(hierarchical) != 1 or not single or single[-1].k != hierarchical[0].k:
             raise InputError(
-                "sae_compare: arms must hold one hierarchical-K, topk-K for the same K, and no topk of a larger one, "
+                "`arms` must hold one hierarchical-K, topk-K for the same K, and no topk of a larger one, "
                 f"not {list(arms)}."
             )
         others = tuple(arm for arm in parsed if arm.kind not in ("hierarchical", "topk"))
@@ -155,5 +156,5 @@ def _read(folder: Path, arms: Sequence[str], name: str) -> pl.DataFrame:
     for arm in arms:
         if not (folder / arm / name).is_file():
             raise InputError(f"{folder / arm} holds no {name}: run `dvc repro sae@{arm}`.")
-    tables = [pl.read_parquet(folder / arm / name).select(pl.lit(arm).alias("arm"), pl.all()) for arm in arms]
+    tables = [read_parquet(folder / arm / name).select(pl.lit(arm).alias("arm"), pl.all()) for arm in arms]
     return pl.concat(tables)

@@ -1,9 +1,11 @@
 """What every arm of the SAE comparison shares, and the names of the arms."""
 
+import re
 from dataclasses import dataclass
 
 from trimtab.errors import InputError
 from trimtab.sae.objectives import OBJECTIVES, Objective
+from trimtab.validation import ascending, at_least, nearest_of, not_negative, one_of, rates, require, seeds
 
 
 @dataclass(frozen=True)
@@ -35,19 +37,14 @@ class SAEConfig:
     """Precision of the encoder's matrix product in training; everything else, and evaluation, is fp32."""
 
     def __post_init__(self) -> None:
-        for name in ("latents", "steps", "batch", "sweep_steps", "dead_after"):
-            if getattr(self, name) < 1:
-                raise InputError(f"sae: {name} must be positive, not {getattr(self, name)}.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise InputError(f"sae: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"sae: seeds must be distinct integers, not {list(self.seeds)}.")
-        if not self.budgets or not 1 <= min(self.budgets) <= max(self.budgets) <= self.latents:
-            raise InputError(f"sae: budgets must lie between 1 and latents = {self.latents}, not {list(self.budgets)}.")
-        if self.auxiliary < 0:
-            raise InputError(f"sae: auxiliary must not be negative, not {self.auxiliary}.")
-        if self.precision not in ("bfloat16", "float32"):
-            raise InputError(f"sae: precision must be bfloat16 or float32, not {self.precision!r}.")
+        at_least(0, self, "site", most=10_000)
+        at_least(1, self, "latents", "steps", "batch", "sweep_steps", "dead_after")
+        rates(self, "learning_rates")
+        seeds(self, "seeds")
+        ascending(self, "budgets")
+        require(self.budgets[-1] <= self.latents, "budgets", self.budgets, f"at most `latents` = {self.latents}")
+        not_negative(self, "auxiliary")
+        one_of(("bfloat16", "float32"), self, "precision")
 
 
 @dataclass(frozen=True, order=True)
@@ -61,10 +58,12 @@ class Arm:
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """Read `topk-8` or `hierarchical-pow2-64`."""
-        kind, _, k = name.rpartition("-")
-        if kind not in OBJECTIVES or not k.isdigit() or int(k) < 1:
-            raise InputError(f"{name!r} is not an arm: write {' or '.join(f'{kind}-K' for kind in OBJECTIVES)}.")
-        arm = cls(kind, int(k))
+        match = re.fullmatch(r"(.+)-([1-9][0-9]{0,8})", name)
+        kind = match[1] if match else name.rpartition("-")[0]
+        if match is None or kind not in OBJECTIVES:
+            forms = " or ".join(f"{known}-K" for known in OBJECTIVES)
+            raise InputError(f"{name!r} is not an arm: write {forms}{nearest_of(kind, OBJECTIVES)}.")
+        arm = cls(kind, int(match[2]))
         arm.objective()  # which may refuse its k
         return arm
 

@@ -13,7 +13,6 @@ other latents once its rows were rescaled. Weights are read as fp32, whatever th
 up to the rounding of fp32.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab.checkpoint import atomic, load_tensors, read_json, save_tensors
+from trimtab.checkpoint import atomic, load_tensors, read_json, save_tensors, write_json
 from trimtab.errors import InputError
 from trimtab.sae.model import SAE
 
@@ -43,9 +42,10 @@ def export_saelens(
 ) -> None:
     """Write the SAE, read at budget `k` (default: its own), as a folder that `sae_lens.SAE.load_from_disk` loads.
 
-    The folder appears whole or not at all. The SAE must read raw residuals, as saved ones do (`SAE.fold`).
+    Other files of the folder stay. The SAE must read raw residuals, as saved ones do (`SAE.fold`).
     `model_name` and `hook_name` (`blocks.14.hook_resid_post`) say of what; `metadata` holds further keys of SAELens'
-    own, such as `prepend_bos` and `context_size`. Raises InputError for a budget that the SAE cannot be read at.
+    own, such as `prepend_bos` and `context_size`. Raises InputError for a budget that the SAE cannot be read at, and
+    where a file of one of its names is there that Trimtab did not write.
     """
     if sae.log_threshold is not None and k is not None:
         raise InputError(f"A JumpReLU SAE is exported with its thresholds and has no budget: leave out k = {k}.")
@@ -64,10 +64,10 @@ def export_saelens(
     else:
         config |= {"architecture": "jumprelu"}
         tensors["threshold"] = sae.log_threshold.exp()
-    with atomic(Path(folder)) as partial:
+    with atomic(Path(folder), "saelens") as partial:
         partial.mkdir(parents=True)
         save_tensors(partial / SAELENS_WEIGHTS, {name: tensor.float().cpu() for name, tensor in tensors.items()})
-        (partial / SAELENS_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        write_json(partial / SAELENS_CONFIG, config)
 
 
 def import_saelens(folder: str | Path) -> SAE:

@@ -19,10 +19,10 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.activations import ActivationCache
 from trimtab.embeddings import SentenceEncoder
-from trimtab.errors import InputError
 from trimtab.pretrained import DTYPES
 from trimtab.sae.contexts import Contexts, Example
 from trimtab.sae.model import SAE
+from trimtab.validation import ascending, at_least, one_of, require, seeds
 
 HIGHLIGHT = 0.3
 """Tokens with at least this share of the window's largest activation are marked, as in delphi."""
@@ -59,27 +59,15 @@ class InterpretConfig:
     """Precision of the sentence encoder."""
 
     def __post_init__(self) -> None:
-        if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(f"sae_interpret: seeds must name at least one seed, and each once, not {self.seeds}.")
-        if not self.buckets or self.buckets[0] < 1 or list(self.buckets) != sorted(set(self.buckets)):
-            raise InputError(f"sae_interpret: buckets must be positive and ascending, not {self.buckets}.")
-        if sorted(self.arms) != [f"hierarchical-{self.k}", f"topk-{self.k}"]:
-            raise InputError(
-                f"sae_interpret: arms must be topk-{self.k} and hierarchical-{self.k}, as the last bucket ends at "
-                f"{self.k}, not {list(self.arms)}."
-            )
-        for name in ("latents", "examples", "window"):
-            if getattr(self, name) < 2:
-                raise InputError(f"sae_interpret: {name} must be at least 2, not {getattr(self, name)}.")
-        if self.pool < self.examples * NEGATIVES:
-            raise InputError(
-                f"sae_interpret: pool must be at least {NEGATIVES} x examples = {NEGATIVES * self.examples}, "
-                f"not {self.pool}."
-            )
-        if self.encoder_dtype not in DTYPES:
-            raise InputError(
-                f"sae_interpret: encoder_dtype must be one of {', '.join(DTYPES)}, not {self.encoder_dtype!r}."
-            )
+        seeds(self, "seeds")
+        ascending(self, "buckets")
+        needed = {f"hierarchical-{self.k}", f"topk-{self.k}"}
+        rule = f"{' and '.join(sorted(needed))}, as `buckets` ends at {self.k}"
+        require(len(self.arms) == 2 and set(self.arms) == needed, "arms", self.arms, rule)
+        at_least(2, self, "latents", "examples", "window")
+        least = self.examples * NEGATIVES
+        require(self.pool >= least, "pool", self.pool, f"at least {NEGATIVES} times `examples`, which is {least}")
+        one_of(DTYPES, self, "encoder_dtype")
 
     @property
     def k(self) -> int:

@@ -1,6 +1,5 @@
 """A sparse autoencoder whose sparsity is chosen when it is read: encode to the k largest latents, decode any prefix."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from trimtab.checkpoint import atomic, load_tensors, read_json, save_tensors
+from trimtab.checkpoint import atomic, load_tensors, read_json, save_tensors, write_json
 from trimtab.errors import InputError
 from trimtab.sae import kernels
 
@@ -144,9 +143,10 @@ class SAE(nn.Module):
         self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
 
     def save_pretrained(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write `sae.safetensors` and `config.json` into `folder`, which appears whole or not at all.
+        """Write `sae.safetensors` and `config.json` into `folder`, whose other files stay.
 
-        `metadata` (model, site, arm, ...) is kept in the configuration under its own key.
+        `metadata` (model, site, arm, ...) is kept in the configuration under its own key. Raises InputError where a
+        file of one of these names is there that Trimtab did not write.
         """
         config = {
             "format": FORMAT, "d_model": self.d_model, "latents": self.latents, "k": self.k,
@@ -154,10 +154,10 @@ class SAE(nn.Module):
             "thresholds": {str(k): threshold for k, threshold in sorted(self.thresholds.items())},
             "metadata": dict(metadata or {}),
         }  # fmt: skip
-        with atomic(Path(folder)) as partial:
+        with atomic(Path(folder), "sae") as partial:
             partial.mkdir(parents=True)
             save_tensors(partial / WEIGHTS, self.state_dict())
-            (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+            write_json(partial / CONFIG, config)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, device: str = "cpu") -> "SAE":

@@ -19,6 +19,7 @@ from sklearn.preprocessing import StandardScaler
 from trimtab.claims import RESAMPLES
 from trimtab.errors import InputError
 from trimtab.sae.passages import TASKS, Passages
+from trimtab.validation import ascending, at_least, require
 
 DENSE_PENALTIES = (1e-3, 1e-2, 1e-1)
 """Grid of C, the inverse penalty of the dense probe."""
@@ -48,16 +49,10 @@ class ProbeConfig:
     """Random permutations of the labels, for the control."""
 
     def __post_init__(self) -> None:
-        for name in ("passage_tokens", "passages_per_document", "shuffles"):
-            if getattr(self, name) < 1:
-                raise InputError(f"sae_probe: {name} must be positive, not {getattr(self, name)}.")
-        for name in ("budgets", "sparsities"):
-            if not getattr(self, name) or min(getattr(self, name)) < 1:
-                raise InputError(f"sae_probe: {name} must be positive integers, not {list(getattr(self, name))}.")
-            if list(getattr(self, name)) != sorted(set(getattr(self, name))):
-                raise InputError(f"sae_probe: {name} must ascend, not {list(getattr(self, name))}.")
-        if self.folds < 2:
-            raise InputError(f"sae_probe: folds must be at least 2, not {self.folds}.")
+        at_least(1, self, "passage_tokens", "passages_per_document", "shuffles")
+        ascending(self, "budgets", "sparsities")
+        at_least(2, self, "folds")
+        require(self.baseline != self.arm, "baseline", self.baseline, "another arm than `arm`")
 
 
 class Task(NamedTuple):

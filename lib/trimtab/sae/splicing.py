@@ -31,6 +31,7 @@ from trimtab.plots import COLOURS
 from trimtab.sae.config import Arm
 from trimtab.sae.evaluation import principal_components
 from trimtab.sae.model import SAE, read_config
+from trimtab.validation import ascending, at_least
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -57,11 +58,8 @@ class SpliceConfig:
     """Blocks in one forward pass; logits of the whole vocabulary are held for each of their tokens."""
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_blocks"):
-            if getattr(self, name) < 1:
-                raise InputError(f"sae_splice: {name} must be positive, not {getattr(self, name)}.")
-        if not self.budgets or min(self.budgets) < 1:
-            raise InputError(f"sae_splice: budgets must be positive, not {list(self.budgets)}.")
+        at_least(1, self, "tokens", "batch_blocks")
+        ascending(self, "budgets")
 
 
 class Condition(NamedTuple):

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from trimtab.activations import ActivationCache
 from trimtab.checkpoint import Checkpoint
+from trimtab.identity import machine
 from trimtab.sae.config import Arm, SAEConfig
 from trimtab.sae.model import SAE, Latents
 
@@ -126,12 +127,15 @@ def train(
     """Train one SAE for each of `runs`, all on the same stream of batches, in one pass over the cache.
 
     `seed` sets the initial weights and the order of the data. Interrupted and called again with the same checkpoint
-    file, it goes on and ends with the same weights. A run whose loss stops being finite ends there, as diverged.
+    file, arguments and machine, it continues and ends with the same weights. A run whose loss stops being finite ends
+    there, as diverged.
     """
-    named = [(str(run.arm), run.learning_rate) for run in runs]
-    shared = [config.latents, config.batch, config.precision, config.auxiliary, config.dead_after, steps, seed]
-    machine = [device, torch.get_num_threads()]  # another one would not end with the same weights
-    saved = Checkpoint(checkpoint, [named, shared, machine, cache.manifest["fingerprint"], cache.site])
+    shared = {name: getattr(config, name) for name in ("latents", "batch", "precision", "auxiliary", "dead_after")}
+    data = [cache.manifest["shards"], cache.manifest["means_sha256"], cache.site, cache.statistics]
+    named = [f"{run.arm} at {run.learning_rate!r}" for run in runs]
+    saved = Checkpoint(
+        checkpoint, config=shared, runs=named, steps=steps, seed=seed, data=data, code=train, **machine(device)
+    )  # fmt: skip
     learners = [_learner(run, config, cache.d_model, steps, seed, device) for run in runs]
     start = _restore(saved, learners)
     batches = cache.batches(config.batch, seed=seed, skip=start)

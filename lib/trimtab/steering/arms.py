@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 KINDS = {
     r"steering": "a vector after every block",
     r"steering-last": "a vector after the last block alone",
-    r"steering-layer(\d+)": "a vector after one block, counted from 0",
-    r"steering-rank(\d+)": "vectors of all blocks, low-rank across them",
+    r"steering-layer(\d{1,4})": "a vector after one block, counted from 0",
+    r"steering-rank([1-9]\d{0,4})": "vectors of all blocks, low-rank across them",
     r"random-reward": "as `steering`, rewarded by a coin with the batch's own share of heads: a control",
-    r"lora-(\d+)": "LoRA of that rank on every down projection, alpha = rank, as in the paper's code",
+    r"lora-([1-9]\d{0,4})": "LoRA of that rank on every down projection, alpha = rank, as in the paper's code",
     r"full": "every weight",
 }
 """Patterns of names, and what each trains."""
@@ -34,7 +34,8 @@ class Arm:
 
     def __post_init__(self) -> None:
         if self._match() is None:
-            raise InputError(f"{self.name!r} is not an arm: write one of {', '.join(KINDS)}.")
+            forms = [re.sub(r"\(.*\)", "N", pattern) for pattern in KINDS]
+            raise InputError(f"{self.name!r} is not an arm: write one of {', '.join(forms)}.")
 
     def __str__(self) -> str:
         return self.name

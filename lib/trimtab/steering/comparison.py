@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 
 from trimtab.claims import ratio_terms, seeds_and_groups
 from trimtab.errors import InputError
+from trimtab.files import read_parquet
 from trimtab.plots import COLOURS
 from trimtab.rl.evaluation import GREEDY
 from trimtab.steering.arms import Arm
@@ -29,7 +30,7 @@ def check_arms(arms: Sequence[str]) -> None:
         Arm(arm)
     missing = [arm for arm in NEEDED if arm not in arms]
     if missing:
-        raise InputError(f"steering_compare: arms must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
+        raise InputError(f"`arms` must hold {', '.join(NEEDED)}; {missing[0]} is missing.")
 
 
 def read_answers(trained: Path, arms: Sequence[str], controls: Path) -> pl.DataFrame:
@@ -37,8 +38,8 @@ def read_answers(trained: Path, arms: Sequence[str], controls: Path) -> pl.DataF
     for folder, stage in [(controls, "steering_controls"), *((trained / arm, f"steering@{arm}") for arm in arms)]:
         if not (folder / "answers.parquet").is_file():
             raise InputError(f"{folder} holds no answers.parquet: run `dvc repro {stage}`.")
-    first = pl.read_parquet(controls / "answers.parquet")
-    tables = [pl.read_parquet(trained / arm / "answers.parquet") for arm in arms]
+    first = read_parquet(controls / "answers.parquet")
+    tables = [read_parquet(trained / arm / "answers.parquet") for arm in arms]
     named = [table.select(pl.lit(arm).alias("arm"), pl.all()) for arm, table in zip(arms, tables, strict=True)]
     return pl.concat([first, *named])
 

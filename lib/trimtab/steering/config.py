@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-from trimtab.errors import InputError
 from trimtab.rl.config import RLConfig
+from trimtab.validation import ascending, at_least, one_of, positive, rates, require, seeds
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,14 @@ class SteeringConfig(RLConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("train_items", "test_items", "read_tokens", "sweep_updates"):
-            if getattr(self, name) < 1:
-                raise InputError(f"steering: {name} must be positive, not {getattr(self, name)}.")
-        if self.read_temperature <= 0:
-            raise InputError(f"steering: read_temperature must be positive, not {self.read_temperature}.")
-        if min(self.samples, self.sampled_items, self.other_items) < 0:
-            raise InputError("steering: samples, sampled_items and other_items must not be negative.")
-        if not self.learning_rates or min(self.learning_rates) <= 0:
-            raise InputError(f"steering: learning_rates must be positive numbers, not {list(self.learning_rates)}.")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise InputError(f"steering: seeds must be distinct integers, not {list(self.seeds)}.")
-        if self.dtype not in ("bfloat16", "float32"):
-            raise InputError(f"steering: dtype must be bfloat16 or float32, not {self.dtype!r}.")
+        require(bool(self.task), "task", self.task, "the name of a task")
+        require(len(set(self.other_tasks)) == len(self.other_tasks), "other_tasks", self.other_tasks, "distinct names")
+        at_least(1, self, "train_items", "test_items", "read_tokens", "sweep_updates")
+        at_least(0, self, "samples", "sampled_items", "other_items")
+        positive(self, "read_temperature", most=100)
+        rates(self, "learning_rates")
+        seeds(self, "seeds")
+        one_of(("bfloat16", "float32"), self, "dtype")
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,7 @@ class ControlsConfig:
     """Validation items on which the best is chosen."""
 
     def __post_init__(self) -> None:
-        if self.prefixes < 1 or self.prefix_items < 1:
-            raise InputError("steering_controls: prefixes and prefix_items must be positive.")
+        at_least(1, self, "prefixes", "prefix_items")
 
 
 @dataclass(frozen=True)
@@ -93,11 +87,7 @@ class LensConfig:
     """Numbers of SAE latents that the vector of the SAE's layer is rebuilt from."""
 
     def __post_init__(self) -> None:
-        for name in ("prompts_read", "items", "latent_items", "top", "random_draws"):
-            if getattr(self, name) < 1:
-                raise InputError(f"steering_lens: {name} must be positive, not {getattr(self, name)}.")
-        if 16 not in self.latents or min(self.latents) < 1:
-            raise InputError(
-                f"steering_lens: latents must be positive numbers, 16 among them, which a claim is about, not "
-                f"{list(self.latents)}."
-            )
+        at_least(1, self, "prompts_read", "items", "latent_items", "random_draws")
+        at_least(2, self, "top")
+        ascending(self, "latents")
+        require(16 in self.latents, "latents", self.latents, "a list that holds 16, which a claim is about")

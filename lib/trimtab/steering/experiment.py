@@ -12,9 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from trimtab.checkpoint import fingerprint, read_json, save_tensors, write_json
+from trimtab.checkpoint import Checkpoint, fingerprint, save_tensors
+from trimtab.identity import Identity, identify, machine
 from trimtab.pretrained import load_tokenizer
 from trimtab.rl.adapters import frozen_model
+from trimtab.rl.config import RLConfig
 from trimtab.rl.evaluation import GREEDY, answers, summary
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts, rollout
@@ -105,6 +107,12 @@ class Bench:
         """The untrained model, which all runs of a steering arm share."""
         return frozen_model(self.folder, dtype=self.config.dtype, device=self.device)
 
+    @cached_property
+    def identity(self) -> Identity:
+        """What rewards depend on: the arm, the items and their judge."""
+        task = self.questions.task
+        return identify(arm=str(self.arm), task=task, judge=type(task), items=self.questions.items)
+
     @property
     def end(self) -> list[int]:
         """Tokens that end a completion: the tokenizer's own."""
@@ -129,7 +137,7 @@ class Bench:
         built = self.build(seed)
         history = train(
             built.policy, self.questions.prompts, self.reward(seed), self.config, learning_rate=learning_rate,
-            seed=seed, end=self.end, checkpoint=checkpoint, identity=[str(self.arm), self.config.task],
+            seed=seed, end=self.end, checkpoint=checkpoint, identity=self.identity,
             title=f"{self.arm} seed {seed} rate {learning_rate:g}", until=until, worth=worth,
         )  # fmt: skip
         return Run(built, history)
@@ -173,8 +181,9 @@ class Bench:
                 max_new_tokens=self.config.read_tokens, temperature=self.config.read_temperature, end=self.end,
                 seed=EVALUATION_SEED, sampled=held_out.spread(self.config.sampled_items),
             )  # fmt: skip
-            gold = [item.answer for item in held_out.items]
-            exactly = [exact(text, gold[i]) for i, text in table.select("item", "completion").iter_rows()]
+            exactly = [
+                exact(text, held_out.items[i].answer) for i, text in table.select("item", "completion").iter_rows()
+            ]
             subjects = [item.subject or item.question for item in held_out.items]
             kept = table.with_columns(
                 pl.Series("subject", [subjects[i] for i in table["item"]]),
@@ -221,19 +230,24 @@ class Sweep:
     def table(self) -> pl.DataFrame:
         """Columns `learning_rate`, `short`, `whole`."""
         rows = [(rate, reward, self.whole.get(rate)) for rate, reward in self.short.items()]
-        schema = {"learning_rate": pl.Float64, "short": pl.Float64, "whole": pl.Float64}
-        return pl.DataFrame(rows, schema=schema, orient="row")
+        return pl.DataFrame(rows, schema=dict.fromkeys(("learning_rate", "short", "whole"), pl.Float64), orient="row")
 
 
 def sweep(bench: Bench, folder: Path) -> Sweep:
     """Begin a run at each learning rate of the grid, and finish the two that earn the most.
 
     Short runs alone would favour rates at which the policy rises fast and then falls apart. `folder` holds the
-    checkpoints, of two rates at a time, from which an interrupted sweep goes on.
+    checkpoints, of two rates at a time, from which an interrupted sweep of equal contents continues.
     """
-    config, log = bench.config, folder / "sweep.json"
-    rates = {f"{rate:g}": rate for rate in config.learning_rates}
-    short: dict[str, float] = read_json(log) if log.is_file() else {}
+    config, rates = bench.config, {f"{rate:g}": rate for rate in bench.config.learning_rates}
+    names = (*RLConfig.__dataclass_fields__, "learning_rates", "sweep_updates", "dtype")
+    log = Checkpoint(
+        folder / "sweep.safetensors", bench.identity, config={name: getattr(config, name) for name in names},
+        seed=config.seeds[0], prompts=bench.questions.prompts, end=bench.end, model=Path(bench.folder), code=sweep,
+        **machine(bench.device),
+    )  # fmt: skip
+    place = folder / f"rates-{fingerprint(log.identity)[:16]}"
+    short: dict[str, float] = (log.load() or ({}, {}))[1]
 
     def best() -> list[str]:
         return sorted(short, key=lambda name: short[name], reverse=True)[:2]
@@ -245,26 +259,23 @@ def sweep(bench: Bench, folder: Path) -> Sweep:
 
     for name, rate in rates.items():
         if name not in short:
-            where = folder / f"rate-{name}.safetensors"
-            run = bench.train(rate, config.seeds[0], where, until=config.sweep_updates, worth=worth)
+            run = bench.train(
+                rate, config.seeds[0], place / f"{name}.safetensors", until=config.sweep_updates, worth=worth
+            )
             short[name] = late(run.history)
-            write_json(log, short)
+            log.save({}, short)
         for other in set(short) - set(best()):  # optimiser states of a whole model are large
-            (folder / f"rate-{other}.safetensors").unlink(missing_ok=True)
-    chosen, whole = None, {}
-    for name in best():
-        run = bench.train(rates[name], config.seeds[0], folder / f"rate-{name}.safetensors")
-        whole[rates[name]] = late(run.history)
-        if chosen is None or late(run.history) > late(chosen.history):
-            chosen = run
-    assert chosen is not None
-    return Sweep({rates[name]: reward for name, reward in short.items()}, whole, chosen)
+            (place / f"{other}.safetensors").unlink(missing_ok=True)
+    runs = {rates[name]: bench.train(rates[name], config.seeds[0], place / f"{name}.safetensors") for name in best()}
+    whole = {rate: late(run.history) for rate, run in runs.items()}
+    earned = {rates[name]: reward for name, reward in short.items()}
+    return Sweep(earned, whole, runs[max(whole, key=lambda rate: whole[rate])])
 
 
 def late(history: Sequence[Update]) -> float:
     """Mean reward over the last half of a history."""
-    last = history[len(history) // 2 :]
-    return sum(update.reward for update in last) / len(last)
+    last = [update.reward for update in history[len(history) // 2 :]]
+    return sum(last) / len(last)
 
 
 def accuracy_table(answered: pl.DataFrame) -> pl.DataFrame:
@@ -281,10 +292,7 @@ def save(folder: Path, bench: Bench, runs: Mapping[int, Run]) -> None:
     """What was trained, for each seed: vectors as `vectors.safetensors`, adapters as `adapter.safetensors`. A fully
     tuned model is not kept: half a gigabyte a seed, and nothing reads it."""
     for seed, run in runs.items():
-        where = folder / f"seed-{seed}"
         if run.built.vectors is not None:
-            where.mkdir(parents=True)
-            save_vectors(where / "vectors.safetensors", run.built.vectors, bench.folder)
+            save_vectors(folder / f"seed-{seed}/vectors.safetensors", run.built.vectors, bench.folder)
         elif str(bench.arm) != "full":
-            where.mkdir(parents=True)
-            save_tensors(where / "adapter.safetensors", run.policy.trained)
+            save_tensors(folder / f"seed-{seed}/adapter.safetensors", run.policy.trained)

@@ -118,7 +118,7 @@ def export_gguf(
 
     Every block from 1 on gets a direction, zeros where there is no vector: llama.cpp would otherwise keep, for the
     blocks beyond the last one named, what an earlier control vector left there. Raises InputError for another place,
-    and where the vectors do not fit the model.
+    where the vectors do not fit the model, and where the file exists and is no control vector.
     """
     identity = identify(model_folder)
     check_fits(vectors, identity)
@@ -136,7 +136,7 @@ def export_gguf(
         )
     if not rows[1:].any():
         raise InputError("Nothing is left to export: no vector at a layer above 0 differs from zero.")
-    with atomic(Path(path)) as partial:
+    with atomic(Path(path), own=_is_control_vector) as partial:
         writer = gguf.GGUFWriter(partial, CONTROL_VECTOR)
         writer.add_string(f"{CONTROL_VECTOR}.model_hint", identity.architecture)
         writer.add_int32(f"{CONTROL_VECTOR}.layer_count", identity.layers - 1)  # the number of directions
@@ -159,6 +159,12 @@ def check_fits(vectors: SteeringVectors, identity: ModelIdentity) -> None:
         )
     if not bool(added.isfinite().all()):
         raise InputError("The vectors hold values that are not finite: their training has diverged.")
+
+
+def _is_control_vector(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(4096)
+    return start.startswith(b"GGUF") and CONTROL_VECTOR.encode() in start
 
 
 def _refuse_another(path: Path, expected: ModelIdentity, folder: str | Path) -> None:

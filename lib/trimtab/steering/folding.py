@@ -22,10 +22,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from trimtab.checkpoint import atomic, file_sha256, write_json
+from trimtab.checkpoint import atomic, write_json
 from trimtab.errors import InputError
 from trimtab.interventions import Place, final_hidden, steer, wrap
-from trimtab.pretrained import DTYPES, SOURCE_FILE, load_model, load_tokenizer, model_source
+from trimtab.pretrained import DTYPES, SOURCE_FILE, load_model, load_tokenizer, model_source, weights_sha256
 from trimtab.steering.export import check_fits, identify
 from trimtab.steering.vectors import SteeringVectors
 
@@ -60,8 +60,9 @@ def fold(
 ) -> float:
     """Write the model with the vectors (times their scale) as biases, its tokenizer and its generation config.
 
-    Plain `AutoModelForCausalLM.from_pretrained(out_folder)` then gives the steered model. The folder appears whole or
-    not at all. Biases that the model has already are kept, and added to.
+    Plain `AutoModelForCausalLM.from_pretrained(out_folder)` then gives the steered model. Biases that the model has
+    already are kept, and added to. Other files of the folder stay; one of the same name that Trimtab did not write is
+    refused.
 
     `dtype`: float32 | bfloat16 | float16 | auto (as stored). All of the checkpoint has it, the biases included: in
     bfloat16 an entry keeps 8 significant bits (relative error up to 2^-8; 2^-11 in float16), and a forward pass in it
@@ -80,7 +81,7 @@ def fold(
         raise InputError(f"dtype must be one of auto, {', '.join(DTYPES)}, not {dtype!r}.")
     if target.resolve() in (source.resolve(), *source.resolve().parents):
         raise InputError(f"Writing {target} would replace the model in {source}: give another folder.")
-    with atomic(target) as partial:
+    with atomic(target, "model") as partial:
         model = load_model(source, dtype)
         added = add_biases(model, vectors)
         model.save_pretrained(partial)
@@ -160,11 +161,8 @@ def _record(source: Path, folded: Path, vectors: SteeringVectors) -> None:
     """Carry `source.json` on, where there is one: its licence and its citation hold for the folded model too."""
     if not (source / SOURCE_FILE).is_file():
         return
-    weights = folded / "model.safetensors"
-    if not weights.is_file():
-        weights = folded / "model.safetensors.index.json"
     known = model_source(source)
     layers = ", ".join(map(str, vectors.layers))
     note = f"steering vectors folded into its biases (place {vectors.place}, layers {layers})"
     note = f"{known.note}; {note}" if known.note else note
-    write_json(folded / SOURCE_FILE, asdict(replace(known, sha256=file_sha256(weights), note=note)))
+    write_json(folded / SOURCE_FILE, asdict(replace(known, sha256=weights_sha256(folded), note=note)))

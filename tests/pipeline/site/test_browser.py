@@ -87,3 +87,33 @@ def test_what_a_model_wrote_does_not_run(page, served):
     page.wait_for_timeout(500)
     assert page.wrong == []
     assert 'alert("1")' in page.locator("article").inner_text()
+
+
+@pytest.mark.parametrize("how", ["served", "opened from the disk"])
+def test_no_request_leaves_whatever_a_record_holds_and_nothing_is_moved(browser, served, site, how):
+    start = served if how == "served" else site.as_uri()
+    page = browser.new_page()
+    page.set_default_timeout(300_000)
+    asked, wrong = [], []
+    page.on("request", lambda request: asked.append(request.url))
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    for name in ("index", "run", "records/repetition/implicit", "records/repetition_compare"):
+        page.goto(f"{start}/{name}.html", wait_until="load")
+        page.wait_for_timeout(500)
+        assert page.evaluate("document.styleSheets.length") > 1, name
+        assert page.url.startswith(start)
+    assert wrong == []
+    assert [url for url in asked if not url.startswith((start, "data:", "blob:"))] == []
+    page.goto(f"{start}/records/repetition/implicit.html")
+    outside = """[...document.querySelectorAll('.cell_output *')].filter(each => {
+        const cell = each.closest('.cell_output').getBoundingClientRect(), own = each.getBoundingClientRect();
+        return own.width && (own.top < cell.top - 40 || own.left < cell.left - 40 || own.bottom > cell.bottom + 40);
+    }).length"""
+    assert page.evaluate(outside) == 0
+    blocked = """url => new Promise(done => {
+        document.addEventListener("securitypolicyviolation", event => done(event.blockedURI));
+        document.body.append(Object.assign(new Image(), {src: url}));
+        setTimeout(() => done("nothing"), 5000);
+    })"""
+    assert page.evaluate(blocked, "http://elsewhere.invalid/y").startswith("http://elsewhere.invalid")
+    page.close()

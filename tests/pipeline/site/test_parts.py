@@ -1,11 +1,15 @@
 """The parts of a page: outputs that cannot act, parameters with their meanings, the graph."""
 
+import re
+from html.parser import HTMLParser
+
 import pytest
 
 from tests.pages import Reader
 from trimtab.errors import InputError
+from trimtab.files import atomic
 from trimtab.pipeline.site import display, graph
-from trimtab.pipeline.site.build import render
+from trimtab.pipeline.site.build import KIND, POLICY, render
 from trimtab.pipeline.site.parameters import Annotated, comments
 
 from .conftest import LONG, record
@@ -17,7 +21,7 @@ def test_what_a_model_wrote_is_text_and_nothing_else(hostile, root):
     page = display.page_of(hostile, Annotated.of(root))
     code = page.cells[-1]
     assert code.metadata.tags == ["hide-input"]
-    stream, html, script, picture = code.outputs
+    stream, html, script, picture = code.outputs[:4]
     assert not ACTING & set(stream.text)
     assert len(stream.text) < 4_000
     assert f"{LONG - display.LONGEST_LINE:,} characters more" in stream.text
@@ -50,7 +54,7 @@ def test_a_comment_behind_a_parameter_counts_before_those_above_it_and_both_befo
 
 
 def test_every_parameter_says_what_it_means(root):
-    found = comments((root / "conf/config.yaml").read_text())
+    found = comments((root / "conf/config.yaml").read_text(encoding="utf-8"))
     assert found["sae_random"]["latents"] == "as sae.latents"
     composed = Annotated.of(root).defaults
     keys = {(section, key) for section, values in composed.items() if isinstance(values, dict) for key in values}
@@ -91,10 +95,90 @@ def test_a_failed_record_is_not_rendered(root, tmp_path):
 
 
 def test_a_page_that_does_not_render_is_an_error_and_loses_nothing(root, tmp_path):
-    broken = record("corpus")
-    broken.record.cells[2].source = "```{nonsense}\n```"
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site/index.html").write_text("the old one")
+    broken = record("corpus", prose="```{nonsense}\n```")
+    with atomic(tmp_path / "site", KIND) as folder:
+        folder.mkdir()
+        (folder / "index.html").write_text("the old one", encoding="utf-8")
     with pytest.raises(InputError, match="nonsense"):
         render(root, tmp_path / "site", [broken])
-    assert (tmp_path / "site/index.html").read_text() == "the old one"
+    assert (tmp_path / "site/index.html").read_text(encoding="utf-8") == "the old one"
+
+
+def test_an_altered_record_is_not_rendered(root, tmp_path):
+    altered = record("corpus")
+    altered.record.cells[2].source = "Another text."
+    with pytest.raises(InputError, match=r"corpus\.ipynb has been altered since its run"):
+        render(root, tmp_path / "site", [altered])
+
+
+def test_a_folder_of_somebody_else_is_not_made_a_site(root, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(InputError, match="is no site that Trimtab wrote"):
+        render(root, tmp_path, [record("corpus")])
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_record_whose_title_is_gone_has_a_page(root):
+    bare = record("corpus")
+    bare.record.cells = bare.record.cells[-1:]
+    assert display.page_of(bare, Annotated.of(root)).cells[0].source == "# corpus"
+
+
+class Loads(HTMLParser):
+    """What a page would load, send, or be led to without being asked; styles, and classes of the record's own part."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[str] = []
+        self.styles: list[str] = []
+        self.tags: list[tuple[str, dict]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
+        self.tags.append((tag, given))
+        self.styles.append(given.get("style") or "")
+        for key in (
+            "src",
+            "srcset",
+            "poster",
+            "data",
+            "background",
+            "action",
+            "formaction",
+            "ping",
+            "cite",
+            "xlink:href",
+        ):
+            self.found += [given[key]] if given.get(key) else []
+        if "href" in given and tag != "a":
+            self.found.append(given["href"])
+        if tag == "meta" and (given.get("http-equiv") or "").lower() == "refresh":
+            self.found.append(given["content"])
+
+
+def test_nothing_on_the_pages_loads_from_elsewhere_or_moves(site):
+    pages = list(site.rglob("*.html"))
+    assert len(pages) > 4
+    for path in pages:
+        page = Loads(path.read_text(encoding="utf-8"))
+        assert not [url for url in page.found if "://" in url or url.startswith("//")], path
+        assert not [style for style in page.styles if re.search(r"url|position|expression|-\d|\\\\", style)], path
+        names = [name for name, _ in page.tags]
+        assert names[:3] == ["html", "head", "meta"]
+        assert page.tags[2][1] == {"http-equiv": "Content-Security-Policy", "content": POLICY}
+    text = (site / "records/repetition/implicit.html").read_text(encoding="utf-8")
+    article = text[text.index("<article") : text.index("</article>")]
+    part = Loads(article)
+    assert not {"iframe", "svg", "object", "video", "script", "link", "meta", "base", "form"} & {
+        t for t, _ in part.tags
+    }
+    classes = {each for _, given in part.tags for each in (given.get("class") or "").split()}
+    assert not {each for each in classes if re.match(r"position|top-|stretched|modal", each)}
+    assert [given["src"] for tag, given in part.tags if tag == "img" and ":" in given["src"]] == []
+    assert "Over everything." in article
+
+
+def test_the_policy_names_nothing_beyond_the_sites_own_files():
+    assert POLICY.startswith("default-src 'none'")
+    assert not re.search(r"https?:|\*|unsafe-eval", POLICY)

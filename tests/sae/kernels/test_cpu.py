@@ -83,7 +83,7 @@ def test_torchs_number_of_threads_is_left_alone():
         "import torch; torch.set_num_threads(1); from trimtab.sae.kernels import cpu; "
         "cpu.select(torch.randn(4, 600), 8); print(torch.get_num_threads())"
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.strip() == "1"
 
 

@@ -1,46 +1,41 @@
 """A record as a page: verdicts, parameters and provenance first, code folded, outputs that cannot act."""
 
+import base64
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
 
 import nbformat
-import nh3
 from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
-from trimtab.claims import verdict_table
+from trimtab.claims import Verdict, verdict_table
 from trimtab.markup import escaped, visible
 from trimtab.pipeline.archive import Filed
+from trimtab.pipeline.records import KERNEL, title_of
+from trimtab.pipeline.site.calm import calm_html, calm_markdown, inline
 from trimtab.pipeline.site.parameters import Annotated
 
 LONGEST_LINE = 2_000
 """Characters of a line of an output that are shown."""
 LONGEST_OUTPUT = 300_000
 """Characters of an output that are shown at all."""
+TEXTS = ("name", "text", "statistic", "rule", "n", "control")
+"""Of a verdict."""
+PICTURES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"}
+"""Kinds of pictures, with what each begins with."""
 SHOWN = ("text/html", "text/markdown", "text/plain", "image/png", "image/jpeg")
-STYLES = {
-    *("background", "background-color", "color", "border", "border-radius", "padding", "margin", "text-align", "width"),
-    *(
-        "font-weight",
-        "font-size",
-        "font-family",
-        "white-space",
-        "vertical-align",
-        "opacity",
-        "overflow-wrap",
-        "display",
-    ),
-}
-"""What an output may say of its looks; none of them moves it out of its place."""
 
 
 def page_of(filed: Filed, annotated: Annotated) -> NotebookNode:
     """The notebook that the site's builder renders."""
-    title, *cells = [cell for cell in filed.cells().cells if "parameters" not in cell.metadata.get("tags", [])]
+    cells = [cell for cell in filed.cells().cells if "parameters" not in cell.metadata.get("tags", [])]
     head = new_markdown_cell("\n\n".join(_head(filed, annotated)))
-    notebook = nbformat.v4.new_notebook(cells=[title, head, *map(_cell, cells)])
-    notebook.metadata = nbformat.from_dict({"kernelspec": filed.record.metadata["kernelspec"]})
+    if not cells or title_of(NotebookNode(cells=cells[:1])) is None:  # a page needs a title
+        cells = [new_markdown_cell(f"# {inline(filed.title)}"), *cells]
+    notebook = nbformat.v4.new_notebook(cells=[cells[0], head, *map(_cell, cells[1:])])
+    notebook.metadata = nbformat.from_dict({"kernelspec": KERNEL})
     return notebook
 
 
@@ -49,10 +44,18 @@ def badge(outcome: str) -> str:
     return f'<span class="verdict {outcome.replace(" ", "-")}">{outcome}</span>'
 
 
+def plainly(verdict: Verdict) -> Verdict:
+    """With all of its text fit for Markdown."""
+    texts: dict[str, Any] = {key: inline(str(getattr(verdict, key))) for key in TEXTS}
+    return dataclasses.replace(verdict, **texts)
+
+
 def _head(filed: Filed, annotated: Annotated) -> list[str]:
     parts = []
     if filed.verdicts:
-        parts.append(f":::{{container}} wide\n{verdict_table(list(filed.verdicts.values()))}\n:::")
+        parts.append(
+            f":::{{container}} wide\n{verdict_table([plainly(each) for each in filed.verdicts.values()])}\n:::"
+        )
     made = filed.provenance
     commit, time, memory = (made.get(key, "?").replace("`", "") for key in ("commit", "wall time", "peak memory"))
     rows = "".join(
@@ -64,7 +67,8 @@ def _head(filed: Filed, annotated: Annotated) -> list[str]:
     parts.append(
         f"<details class=provenance><summary>{about}</summary><div class=wide><table>{rows}</table></div></details>"
     )
-    sections = re.findall(r"`(\w+)`", made.get("notebook", "").partition("sections")[2])
+    told = re.findall(r"`(\w+)`", made.get("notebook", "").partition("sections")[2])
+    sections = filed.about.get("sections", told)
     defaults, meanings = (
         {key: value for section in sections for key, value in kind.get(section, {}).items()}
         for kind in (annotated.defaults, annotated.meanings)
@@ -104,25 +108,27 @@ def _calm(output: NotebookNode) -> NotebookNode:
     if output.output_type == "stream":
         calm.text = _text(output.text)
     elif "data" in output:
-        calm.data = NotebookNode({kind: _shown(kind, data) for kind, data in output.data.items() if kind in SHOWN})
+        calm.data = NotebookNode()
+        for kind, data in output.data.items():
+            if kind in SHOWN and isinstance(data, str) and (shown := _shown(kind, data)):
+                calm.data["text/html" if kind == "text/markdown" else kind] = shown
         calm.metadata = NotebookNode()
+    else:
+        calm.traceback = [_text(line) for line in output.get("traceback", [])]
     return calm
 
 
 def _shown(kind: str, data: str) -> str:
-    if kind in ("image/png", "image/jpeg"):
-        return data
+    """Empty: it cannot be shown."""
+    if start := PICTURES.get(kind):
+        try:
+            return data if base64.b64decode(data, validate=False).startswith(start) else ""
+        except ValueError:
+            return ""
     if kind == "text/plain":
         return _text(data)
-    attributes = nh3.ALLOWED_ATTRIBUTES | {
-        "*": {"style", "class", "title"},
-        "td": {"colspan"},
-        "th": {"colspan"},
-    }
-    data = _kept("\n".join(map(_seen, data.split("\n"))))
-    # Nothing that loads or leads: pictures are outputs of their own.
-    tags = nh3.ALLOWED_TAGS - {"a", "area", "img", "map"}
-    return nh3.clean(data, tags=tags, attributes=attributes, filter_style_properties=STYLES)
+    seen = _kept("\n".join(map(_seen, data.split("\n"))))
+    return calm_markdown(seen) if kind == "text/markdown" else calm_html(seen)
 
 
 def _text(text: str) -> str:

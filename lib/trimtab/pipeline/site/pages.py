@@ -1,5 +1,6 @@
 """What the builder reads: the front page with every claim, a page for each record, a page of the run."""
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -9,7 +10,8 @@ import nbformat
 from trimtab.claims import Verdict
 from trimtab.pipeline.archive import Filed, effect_of
 from trimtab.pipeline.site import graph
-from trimtab.pipeline.site.display import badge, page_of
+from trimtab.pipeline.site.calm import inline
+from trimtab.pipeline.site.display import badge, page_of, plainly
 from trimtab.pipeline.site.parameters import Annotated
 
 PAPERS = {
@@ -43,7 +45,8 @@ def paper_of(label: str) -> str:
 
 def _index(records: Sequence[Filed]) -> Iterator[str]:
     verdicts = [(each, verdict) for each in records for verdict in each.verdicts.values()]
-    scale = next((each.parameters["scale"] for each in records if "scale" in each.parameters), "unknown")
+    scales = (str(each.parameters["scale"]) for each in records if "scale" in each.parameters)
+    scale = re.sub(r"[^\w.+-]", "_", next(scales, "unknown"))
     yield f"{WIDE}\n# Trimtab\n"
     yield (
         "Four papers about small levers on language models, rebuilt as one pipeline of notebooks. Every number here was"
@@ -58,9 +61,10 @@ def _index(records: Sequence[Filed]) -> Iterator[str]:
         yield ":::{container} wide\n"
         yield "| claim | verdict | effect (95 %) | held if | what is compared | over | control | record |"
         yield "|---|---|---|---|---|---|---|---|"
-        for each, verdict in own:
+        for each, found in own:
+            verdict = plainly(found)
             yield (
-                f"| {verdict.text} | {badge(verdict.outcome)} | {effect_of(verdict)} | {verdict.rule} | "
+                f"| {verdict.text} | {badge(found.outcome)} | {effect_of(verdict)} | {verdict.rule} | "
                 f"{verdict.statistic} | {verdict.n} | {verdict.control} | [{each.label}](records/{each.label}.ipynb) |"
             )
         yield "\n:::\n"
@@ -85,9 +89,9 @@ def _run(root: Path, records: Sequence[Filed]) -> Iterator[str]:
     yield "## Stages\n\n:::{container} wide\n"
     yield "| record | wall time | peak memory | commit | hardware |\n|---|---|---|---|---|"
     for each in records:
-        made = {key: value.replace("`", "") for key, value in each.provenance.items()}
+        made = {key: inline(value.replace("`", "")) for key, value in each.provenance.items()}
         row = " | ".join(made.get(key, "") for key in ("wall time", "peak memory", "commit", "hardware"))
         yield f"| [{each.label}](records/{each.label}.ipynb) | {row} |"
     yield "\n:::\n\n## Versions\n"
     for versions in dict.fromkeys(each.provenance.get("versions", "") for each in records):
-        yield f"- {versions}"
+        yield f"- {inline(versions)}"

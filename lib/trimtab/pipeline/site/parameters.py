@@ -31,8 +31,8 @@ class Annotated:
         with tempfile.TemporaryDirectory() as folder:
             composed = Path(folder) / "params.yaml"
             compose(root, composed, DEFAULT_SCALE)
-            defaults = yaml.safe_load(composed.read_text())
-        return cls(defaults, comments((root / "conf/config.yaml").read_text()))
+            defaults = yaml.safe_load(composed.read_text(encoding="utf-8"))
+        return cls(defaults, comments((root / "conf/config.yaml").read_text(encoding="utf-8")))
 
 
 def comments(text: str) -> dict[str, dict[str, str]]:
