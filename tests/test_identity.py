@@ -74,7 +74,7 @@ def other(a):
         (torch.float32, torch.bfloat16),
         (range(3), range(4)),
     ],
-    ids=str,
+    ids=lambda value: type(value).__name__,
 )
 def test_contents_that_differ_have_identities_that_differ(one, another):
     assert digest(identify(part=one)) != digest(identify(part=another))
@@ -158,7 +158,9 @@ def test_a_difference_is_one_line_that_names_values_where_they_can_be_read():
     assert "\n" not in difference({"a": "x\ny"}, {"a": "z"})
 
 
-@pytest.mark.parametrize("thing", [object(), iter([1]), (x for x in [1]), open, lambda: 1], ids=str)
+@pytest.mark.parametrize(
+    "thing", [object(), iter([1]), (x for x in [1]), open, lambda: 1], ids=lambda v: type(v).__name__
+)
 def test_what_has_no_contents_is_refused_and_code_is_not(thing):
     if callable(thing):
         assert identify(part=thing)["part"].startswith("sha256:")

@@ -56,7 +56,7 @@ def test_rows_run_through_a_document_and_never_across(corpus_folder, tokenizer):
 
 
 def test_what_is_missing_is_named(corpus_folder, tmp_path, bench):
-    with pytest.raises(InputError, match="run `dvc repro corpus`"):
+    with pytest.raises(InputError, match=r"sources\.parquet is missing: run the stage that writes it"):
         Library(tmp_path)
     with pytest.raises(InputError, match="no test text of kind 'poems'; there are sotu, wikipedia"):
         Library(corpus_folder).passages("test", "poems", 8, 1, 0)

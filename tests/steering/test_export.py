@@ -116,9 +116,10 @@ def test_damaged_and_foreign_files_are_refused(saved, tmp_path):
     save_file({"weight": torch.zeros(3, 16)}, str(foreign))
     with pytest.raises(InputError, match="not a file that save_vectors wrote"):
         load_vectors(foreign)
-    save_tensors(foreign, {"W_enc": torch.zeros(2, 2)}, {"config": "{}"})
+    other = tmp_path / "other.safetensors"
+    save_tensors(other, {"W_enc": torch.zeros(2, 2)}, {"config": "{}"})
     with pytest.raises(InputError, match="not a file that save_vectors wrote"):
-        load_vectors(foreign)
+        load_vectors(other)
     whole = saved.read_bytes()
     assert METADATA.encode() in whole
     saved.write_bytes(whole[: len(whole) // 2])
