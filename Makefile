@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: repro test smoke site serve lab bench peers lock
+.PHONY: repro check test smoke site serve lab bench peers lock
 .DEFAULT_GOAL := repro
 
 .venv/installed: requirements.lock pyproject.toml
@@ -15,6 +15,12 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 repro: .venv/installed        ## rebuild every result at the scale that params.yaml holds
 	trimtab check
 	dvc repro || { trimtab why; exit 1; }
+
+check: .venv/installed        ## ruff, types, and the tests that need neither a model nor the pipeline, within three minutes
+	ruff check .
+	ruff format --check .
+	mypy
+	OMP_NUM_THREADS=1 pytest --quiet --override-ini addopts=--strict-markers -m "not heavy and not pipeline and not after_pipeline"
 
 .venv/tested: .venv/installed  # a GPU build of torch has brought its Triton; without one the kernels' tests interpret it
 	$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/pip install --quiet --no-deps triton==3.7.1

@@ -13,6 +13,7 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"  # as in the pipeline; in a not
 if not torch.cuda.is_available():  # before anything imports Triton, as transformers does where it is installed
     os.environ["TRITON_INTERPRET"] = "1"
 
+import re
 import shutil
 from pathlib import Path
 
@@ -29,11 +30,23 @@ from trimtab.texts import DOCUMENTS
 
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 ROOT = Path(__file__).parents[1]
+HEAVY = re.compile(
+    r"pipeline/site/|pipeline/test_(encodings|faults|inputs|kernel|new|normalising|notebook|places)\.py"
+    r"|pipeline/test_(records_cli|report|run|terminal|verify)\.py"
+    r"|test_(activations|code|comparison|explore|imports|lab|launch|readme|resuming|types)\.py"
+    r"|training|experiment|exchange|triton|test_model"
+)
+"""Tests that start kernels, DVC, processes or a browser, train something, or simulate: `make check` leaves them out"""
+MODELS = {"tiny_llama", "model_folder", "caches", "browser"}
+"""... and so it does those that use one of these fixtures."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The pipeline's tests take minutes: first, so that one worker runs them while the other runs the rest; last what
     starts from the pipeline's results."""
+    for item in items:
+        if HEAVY.search(item.nodeid) or MODELS & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: (_has(item, "after_pipeline"), not _has(item, "pipeline")))
 
 

@@ -22,6 +22,9 @@ COMMANDS = re.findall(r"^(\S.*?)(?:  +#.*)?$", "".join(re.findall(r"```sh\n(.*?)
 RUN_BY = {
     "make test": "the program that runs this",
     "make repro": "tests/smoke.py",
+    "make check": "tests/test_hygiene.py, which asks what it holds",
+    "trimtab check": "tests/pipeline/test_check.py",
+    "trimtab why": "tests/pipeline/test_kernel.py",
     "dvc": "tests/test_pipeline.py",
     "trimtab compose": "tests/test_pipeline.py",
     "trimtab records": "tests/pipeline/test_records_cli.py",

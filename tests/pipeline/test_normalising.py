@@ -86,18 +86,25 @@ def test_addresses_of_objects_go():
 
 
 def test_paths_of_this_machine_are_replaced_as_a_whole_and_nowhere_else(monkeypatch):
-    monkeypatch.setenv("HOME", "/root")
+    monkeypatch.setenv("HOME", "/grove")
     monkeypatch.setattr(tempfile, "tempdir", "/tmp/a b")
-    for kept in ("/rooted/x", "/data/root/x", "x/root/y", "/root-2/x", "/root.bak", "the QUJD/root/QUJD= of base64"):
+    for kept in (
+        "/groveed/x",
+        "/data/grove/x",
+        "x/grove/y",
+        "/grove-2/x",
+        "/grove.bak",
+        "the QUJD/grove/QUJD= of base64",
+    ):
         assert text(kept + "\n") == kept + "\n"
-    picture = "<img src='data:image/png;base64,/root/home/somebody/project'>"
+    picture = "<img src='data:image/png;base64,/grove/home/somebody/project'>"
     assert html(picture) == picture
-    raw = {"image/png": "/root/AAAA", "text/plain": "/root/AAAA"}
-    assert shown(new_output("display_data", data=raw))[0].data == {"image/png": "/root/AAAA", "text/plain": "~/AAAA"}
+    raw = {"image/png": "/grove/AAAA", "text/plain": "/grove/AAAA"}
+    assert shown(new_output("display_data", data=raw))[0].data == {"image/png": "/grove/AAAA", "text/plain": "~/AAAA"}
     for before, becomes in {
-        "/root": "~", "/root.": "~.", "'/root/x'": "'~/x'", "x=/root/y": "x=~/y", "a:/root/b": "a:~/b",
-        "\x1b[32m/root/x\x1b[0m": "\x1b[32m~/x\x1b[0m", "'\\n/root/x'": "'\\n~/x'", "cc -I/root/x": "cc -I~/x",
-        "file:///root/x": "file://~/x", "/home/somebody/project/data": "./data",
+        "/grove": "~", "/grove.": "~.", "'/grove/x'": "'~/x'", "x=/grove/y": "x=~/y", "a:/grove/b": "a:~/b",
+        "\x1b[32m/grove/x\x1b[0m": "\x1b[32m~/x\x1b[0m", "'\\n/grove/x'": "'\\n~/x'", "cc -I/grove/x": "cc -I~/x",
+        "file:///grove/x": "file://~/x", "/home/somebody/project/data": "./data",
         f"{sys.prefix}/lib": "<env>/lib", "File /tmp/a b/ipykernel_12/345.py:3": "File <cell>:3",
         "\x1b[32m/tmp/ipykernel_12/345.py\x1b[39m": "\x1b[32m<cell>\x1b[39m",
     }.items():  # fmt: skip

@@ -236,7 +236,7 @@ def test_the_commands_of_the_readme_do_what_it_says(project, root):
     commands = re.findall(
         r"^trimtab (records .*?)(?:  +#.*)?$", (root / "README.md").read_text(encoding="utf-8"), re.MULTILINE
     )
-    assert len(commands) == 5
+    assert len(commands) == 6
     shutil.copyfile(project / "records/toy.ipynb", project / "old.ipynb")
     for command in commands:
         code, shown = ask(*command.removeprefix("records ").replace("sae_compare", "toy").split())

@@ -192,7 +192,11 @@ def start(project, *cells) -> subprocess.Popen:
     code = "from trimtab.pipeline.cli import main; main()"
     arguments = ["run", "toy.ipynb", "--section", "toy", "--out", "out=out.txt"]
     process = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], cwd=project, stderr=subprocess.PIPE, encoding="utf-8"
+        [sys.executable, "-c", code, *arguments],
+        cwd=project,
+        preexec_fn=lambda: signal.signal(
+            signal.SIGHUP, signal.SIG_DFL
+        ),  # under nohup it would be ignored stderr=subprocess.PIPE, encoding="utf-8"
     )
     deadline = time.monotonic() + 60
     while not (project / "pid").exists() or not (project / "pid").read_text(encoding="utf-8"):

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
+from trimtab.files import MARK
 from trimtab.sae import SAE
 from trimtab.sae.exchange import export_saelens, import_dictionary_learning, import_saelens, import_sparsify
 
@@ -137,7 +138,7 @@ class TestRoundTrip:
         torch.testing.assert_close(reconstruct(import_saelens(tmp_path / "sae")), expected, **TOLERANCE)
 
     def test_the_layout_is_saelens_own(self, exported):
-        assert {path.name for path in exported.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
+        assert {path.name for path in exported.iterdir()} == {MARK, "cfg.json", "sae_weights.safetensors"}
         weights = load_file(exported / "sae_weights.safetensors")
         assert {name: list(tensor.shape) for name, tensor in weights.items()} == {
             "W_enc": [16, 64], "b_enc": [64], "W_dec": [64, 16], "b_dec": [16]

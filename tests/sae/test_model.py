@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from trimtab.errors import InputError
+from trimtab.files import MARK
 from trimtab.sae import SAE, Latents
 
 
@@ -104,7 +105,7 @@ def test_saving_keeps_weights_budget_kind_and_thresholds(tmp_path, jump):
     read = SAE.from_pretrained(tmp_path / "sae")
     assert torch.equal(read.decode(read.encode(x)), sae.decode(sae.encode(x)))
     assert (read.k, read.thresholds) == (5, {3: 0.25})
-    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == ["config.json", "sae.safetensors"]
+    assert sorted(p.name for p in (tmp_path / "sae").iterdir()) == [MARK, "config.json", "sae.safetensors"]
     assert json.loads((tmp_path / "sae/config.json").read_text(encoding="utf-8"))["metadata"] == {
         "site": 3,
         "arm": "topk-5",

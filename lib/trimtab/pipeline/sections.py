@@ -15,7 +15,7 @@ from ruamel.yaml.events import AliasEvent
 from trimtab.errors import InputError
 from trimtab.validation import shown
 
-NAME = re.compile(r"[\w.@-]{1,80}", re.ASCII)
+NAME = re.compile(r"[\w.@-]{1,80}")
 
 
 def parse_yaml(text: str) -> Any:
