@@ -38,7 +38,7 @@ HEAVY = re.compile(
 )
 """Tests that start kernels, DVC, processes or a browser, train something, or simulate: `make check` leaves them out"""
 MODELS = {"tiny_llama", "model_folder", "caches", "browser"}
-"""... and so it does those that use one of these fixtures."""
+"""Fixtures whose tests `make check` leaves out as well."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -120,7 +120,7 @@ def _source(path: Path, spec: ModuleSpec | None = None) -> str:
             _texts[path] = spec, text
         return text
     cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-    return "\n".join(map(_python_of, cells))
+    return "\n".join(map(python_of, cells))
 
 
 def _specs() -> dict[Path, ModuleSpec]:
@@ -129,7 +129,7 @@ def _specs() -> dict[Path, ModuleSpec]:
     return {Path(spec.origin): spec for spec in specs if spec is not None and spec.has_location and spec.origin}
 
 
-def _python_of(cell: str) -> str:
+def python_of(cell: str) -> str:
     """A cell without magics; where it is no Python even so, its lines of imports."""
     cell = MAGIC.sub(lambda match: f"{match[1] or match[2] or ''}pass", cell)
     try:

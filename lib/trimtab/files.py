@@ -118,8 +118,7 @@ def own_files(folder: Path) -> dict[str, list[str]]:
         kinds = {str(kind): [str(name) for name in names] for kind, names in held.items()}
     except (OSError, ValueError, AttributeError, TypeError):
         return {}
-    inside = {kind: [name for name in names if _is_inside(name)] for kind, names in kinds.items()}
-    return inside
+    return {kind: [name for name in names if _is_inside(name)] for kind, names in kinds.items()}
 
 
 def foreign_files(folder: Path) -> list[str]:

@@ -7,7 +7,7 @@ section's. Rules stand in modules `rules` of the packages that they are about, w
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from trimtab.errors import InputError
 from trimtab.validation import nearest_of, of_field
@@ -27,7 +27,6 @@ class Section(dict[str, Any]):
 Rule = Callable[..., None]
 RULES: list[tuple[tuple[str, ...], Rule]] = []
 """Names of sections, and the rule that takes them."""
-Made = TypeVar("Made")
 
 
 def rule(*sections: str) -> Callable[[Rule], Rule]:
@@ -50,12 +49,6 @@ def check_rules(parameters: Mapping[str, Any]) -> None:
                 function(*(Section(name, parameters[name]) for name in names))
             except InputError as error:
                 raise InputError(f"Section `{names[0]}`: {error}") from None
-
-
-def configured(kind: type[Made], section: Section) -> Made:
-    """A configuration of the fields that a section holds, with lists as tuples as `Stage.configure` makes them."""
-    fields = getattr(kind, "__dataclass_fields__")  # noqa: B009 (of a type, which mypy does not know to have them)
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items() if k in fields})
 
 
 def told(field: str, function: Callable[[Any], object], value: Any) -> None:

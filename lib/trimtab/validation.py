@@ -6,18 +6,25 @@ Messages begin with the field in backticks; who knows the section of params.yaml
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 from trimtab.errors import InputError
 
+Made = TypeVar("Made")
 MOST_WORKERS = 1024
 """Threads or processes at most: more of them no machine starts."""
 WIDEST = 2**20
 """Width of a model at most: a matrix of two such has no place in any memory."""
 LAST_SEED = 2**32 - 1
 """The largest seed that numpy and torch both take."""
+
+
+def made_of(kind: type[Made], values: Mapping[str, Any]) -> Made:
+    """A configuration of the values that bear its fields' names; lists become tuples."""
+    names = [name for name in getattr(kind, "__dataclass_fields__") if name in values]  # noqa: B009 (mypy knows no such)
+    return kind(**{name: tuple(values[name]) if isinstance(values[name], list) else values[name] for name in names})
 
 
 def shown(value: Any) -> str:

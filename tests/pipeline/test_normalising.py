@@ -1,4 +1,4 @@
-"""Of outputs, what differs between two equal runs goes, and every diagnostic stays; in time linear in any text."""
+"""What differs between two equal runs goes from outputs, and every diagnostic stays; in time linear in any text."""
 
 import sys
 import tempfile

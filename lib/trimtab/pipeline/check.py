@@ -14,13 +14,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import nbformat
-
+from trimtab.code import python_of
 from trimtab.errors import InputError
 from trimtab.files import read_json, write_json
 from trimtab.pipeline.base import BaseConfig
 from trimtab.pipeline.inputs import INPUTS, refuse_links
-from trimtab.pipeline.parameters import Declared, configure, fit
+from trimtab.pipeline.parameters import Declared, configure, fit, parse_notebook
 from trimtab.pipeline.sections import check_names, read_parameters, sections_of
 from trimtab.pipeline.stages import Stage, stages
 from trimtab.rules import check_rules
@@ -131,13 +130,8 @@ def _source(root: Path, stage: Stage) -> Source:
 
 @lru_cache(maxsize=64)
 def _read(text: str, name: str) -> Source:
-    try:
-        notebook = nbformat.reads(text, as_version=4)
-        kinds = list(_configurations([cell.source for cell in notebook.cells if cell.cell_type == "code"], name))
-    except InputError:
-        raise
-    except Exception:  # whatever nbformat makes of text that is no notebook
-        raise InputError(f"{name} is not a notebook that nbformat can read.") from None
+    notebook = parse_notebook(text, name)
+    kinds = list(_configurations([cell.source for cell in notebook.cells if cell.cell_type == "code"], name))
     declared = Declared.of(notebook, name, [_names(kind) for kind in kinds])
     if declared.whole:
         kinds.append(BaseConfig)
@@ -150,7 +144,7 @@ def _configurations(cells: Sequence[str], name: str) -> Iterator[type]:
     imported: dict[str, tuple[str, str | None]] = {}
     for cell in cells:
         try:
-            tree = ast.parse(re.sub(r"^(\s*)[%!].*$", r"\1pass", cell, flags=re.MULTILINE))
+            tree = ast.parse(python_of(cell))
         except SyntaxError:
             continue
         for node in ast.walk(tree):
@@ -212,7 +206,7 @@ def _listed(value: Any) -> list[str]:
 
 
 def _digest(root: Path) -> str:
-    """Of all that a check reads: parameters, stages, notebooks, and the library."""
+    """Digest of all that a check reads: parameters, stages, notebooks, and the library."""
     library = {*Path(__file__).parents[1].rglob("*.py"), *root.glob("lib/**/*.py")}
     pipeline = _bytes(root / "dvc.yaml")
     notebooks = {root / name.decode() for name in re.findall(rb"[\w./-]+\.ipynb", pipeline)}

@@ -68,9 +68,9 @@ class _Seen:
 
 
 def conditions(root: Path, *, deep: bool = False) -> list[Condition]:
-    """Of every stage that the pipeline has now, in the order of dvc.yaml. `deep`: read every byte of outputs and of
-    DVC's cache anew, and trust no file times. Raises InputError where another DVC process holds the repository, and
-    where the pipeline's files are broken."""
+    """The condition of every stage that the pipeline has now, in the order of dvc.yaml. `deep`: read every byte of
+    outputs and of DVC's cache anew, and trust no file times. Raises InputError where another DVC process holds the
+    repository, and where the pipeline's files are broken."""
     locked = _locked(root)
     defined = {stage.name: stage for stage in stages(root)}
     seen = _see(root, locked, deep)
@@ -131,7 +131,7 @@ class _Examined:
     stage: Stage | None
     locked: Mapping[str, Any] | None
     digests: dict[str, dict[str, str]]
-    """Of the modules behind each notebook; filled as they are needed."""
+    """Digests of the modules behind each notebook; filled as they are needed."""
 
     def condition(self) -> Condition:
         outs, changes = self.seen.outs[self.name], self.seen.changes.get(self.name, [])

@@ -21,6 +21,7 @@ from trimtab.identity import digest, identify, machine, tell
 from trimtab.pipeline.base import BaseConfig
 from trimtab.pipeline.results import PROGRESS, is_results, plain
 from trimtab.pipeline.root import project_root
+from trimtab.validation import made_of
 
 Config = TypeVar("Config")
 IDENTITY = "identity.json"
@@ -67,8 +68,7 @@ class Stage:
         missing = [name for name in fields if name not in self.namespace]
         if missing:
             raise InputError(f"The parameters cell lacks `{missing[0]}`, a field of {kind.__name__}.")
-        values = {name: self.namespace[name] for name in fields}
-        return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        return made_of(kind, self.namespace)
 
     def resume_folder(self, *identity: Any, **parts: Any) -> Path:
         """A scratch folder that survives a killed run of the same work, and is found again by the next.

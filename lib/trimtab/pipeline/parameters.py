@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from functools import cache, lru_cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import nbformat
 from pydantic import TypeAdapter, ValidationError
@@ -14,9 +14,8 @@ from pydantic import TypeAdapter, ValidationError
 from trimtab.errors import InputError
 from trimtab.pipeline.base import BaseConfig
 from trimtab.pipeline.sections import nearest, parse_yaml
-from trimtab.validation import shown
+from trimtab.validation import Made, made_of, shown
 
-Made = TypeVar("Made")
 TAG = "parameters"
 PATHS = ("data/", "scratch/")
 """How the default of a parameter begins that is the path of an input or output, which need not be given."""
@@ -26,6 +25,16 @@ UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 UNSEEN = ("size", "nfiles")
 """Keys that DVC leaves out of what it looks a run up by, wherever they stand: they are its own names for what it notes
 of outputs. A parameter of that name could be changed, and the results of its old value would come back."""
+
+
+def parse_notebook(text: str, name: str) -> nbformat.NotebookNode:
+    """A source notebook from its text. Raises InputError where nbformat cannot read it."""
+    try:
+        notebook = nbformat.reads(text, as_version=4)
+        nbformat.validate(notebook)
+    except Exception:  # whatever nbformat makes of text that is no notebook
+        raise InputError(f"{name} is not a notebook that nbformat can read.") from None
+    return notebook
 
 
 def declared_parameters(notebook: nbformat.NotebookNode, name: str) -> dict[str, tuple[Any, Any]]:
@@ -181,9 +190,8 @@ def fit(
 def configure(kind: type[Made], values: Mapping[str, Any], sections: Mapping[str, Mapping[str, Any]]) -> Made:
     """A configuration of the values that bear its fields' names, lists as tuples (see `Stage.configure`). Raises the
     InputError of the configuration, with the section before it."""
-    names = [field.name for field in fields(kind)]  # type: ignore[arg-type]
     try:
-        return kind(**{name: tuple(v) if isinstance(v := values[name], list) else v for name in names})
+        return made_of(kind, values)
     except InputError as error:
         told = re.findall(r"`(\w+)`", str(error))
         where = next((s for key in told for s, held in sections.items() if key in held), None)

@@ -90,7 +90,7 @@ class Places:
                     raise InputError(
                         f"{self.record} exists and is no record that can be read: name another, or remove it first."
                     ) from None
-        if (self.root / self.log).is_dir() or not (self._declared is not None or _is_log(self.root / self.log)):
+        if (self.root / self.log).is_dir() or not (_is_log(self.root / self.log) or self._declared is not None):
             raise InputError(f"{self.log} exists and is no log of a run: name another record, or remove it first.")
         claimed = read_json(self.claim) if self.claim.is_file() else []
         for path in self.outputs.values():

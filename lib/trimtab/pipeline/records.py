@@ -21,7 +21,7 @@ from trimtab.pipeline.execution import Execution, was_executed
 from trimtab.pipeline.normalising import DEEPEST, Cleaner, plain
 
 FORMAT = 2
-"""Of the metadata that a record has about itself. Records of format 1 have no digest; early ones have none at all."""
+"""Version of the metadata that a record has about itself. Format 1 has no digest; early records have no metadata."""
 PROVENANCE, BANNER = "provenance", "failure"
 # The kernel's own description carries version numbers; those belong to the provenance cell.
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
@@ -89,7 +89,7 @@ class Signed(About):
     library: dict[str, str]
     """Digests of the modules behind the notebook; see `code.module_digests`."""
     digest: str
-    """Of the cells and the rest of this."""
+    """Digest of the cells and of the rest of this."""
 
 
 def make_record(

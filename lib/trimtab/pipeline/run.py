@@ -15,7 +15,7 @@ from trimtab.errors import InputError
 from trimtab.files import read_json, remove, tree_sha256
 from trimtab.pipeline.check import check
 from trimtab.pipeline.execution import Execution, Interrupted, execute, signals
-from trimtab.pipeline.parameters import collect
+from trimtab.pipeline.parameters import collect, parse_notebook
 from trimtab.pipeline.places import CLAIMS, Places
 from trimtab.pipeline.provenance import commit, describe
 from trimtab.pipeline.records import make_record, results_of, write_record
@@ -69,22 +69,11 @@ def run_notebook(
 def read_source(root: Path, notebook: Path) -> nbformat.NotebookNode:
     """A stage's notebook. Raises InputError where it is missing or nbformat cannot read it."""
     try:
-        content = nbformat.reads((root / notebook).read_text(encoding="utf-8"), as_version=4)
-        nbformat.validate(content)
+        return parse_notebook((root / notebook).read_text(encoding="utf-8"), str(notebook))
     except FileNotFoundError:
         raise InputError(f"{notebook} does not exist under the repository's root.") from None
-    except (
-        nbformat.reader.NotJSONError,
-        nbformat.ValidationError,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        RecursionError,
-        IsADirectoryError,
-    ):
+    except (UnicodeDecodeError, IsADirectoryError):
         raise InputError(f"{notebook} is not a notebook that nbformat can read.") from None
-    return content
 
 
 def refuse_nameless_user() -> None:

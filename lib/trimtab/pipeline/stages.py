@@ -231,7 +231,7 @@ def _words(name: str, command: str) -> list[str]:
 
 
 def _paths(name: str, kind: str, definition: Mapping[str, Any]) -> list[str]:
-    """Of a list whose items are paths, or mappings of a path to its options."""
+    """The paths of a list whose items are paths, or mappings of a path to its options."""
     given = definition.get(kind) or []
     if not isinstance(given, list):
         raise InputError(f"dvc.yaml: `{kind}` of stage `{name}` must be a list, not {shown(given)}.")

@@ -1,10 +1,10 @@
 """What the sections of sparse autoencoders need of one another."""
 
 from trimtab.errors import InputError
-from trimtab.rules import Section, configured, kinds_of, rule, told, within
+from trimtab.rules import Section, kinds_of, rule, told, within
 from trimtab.sae.comparison import Sides
 from trimtab.sae.config import Arm, SAEConfig
-from trimtab.validation import require
+from trimtab.validation import made_of, require
 
 
 @rule("sae", "activations")
@@ -17,7 +17,7 @@ def _sae_reads_what_is_captured(sae: Section, activations: Section) -> None:
 
 def _check_sae_arms(field: str, arms: list[str], sae: Section) -> None:
     for arm in arms:
-        told(field, lambda name: Arm.parse(name).check(configured(SAEConfig, sae)), arm)
+        told(field, lambda name: Arm.parse(name).check(made_of(SAEConfig, sae)), arm)
 
 
 @rule("sae_compare", "sae")

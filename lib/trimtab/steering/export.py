@@ -12,10 +12,10 @@ import gguf
 import torch
 from transformers import AutoConfig
 
-from trimtab.checkpoint import atomic, file_sha256, fingerprint, load_tensors, save_tensors
+from trimtab.checkpoint import atomic, load_tensors, save_tensors
 from trimtab.errors import InputError
 from trimtab.interventions import Place
-from trimtab.pretrained import SOURCE_FILE, model_folder, model_source
+from trimtab.pretrained import SOURCE_FILE, model_folder, model_source, weights_sha256
 from trimtab.steering.vectors import SteeringVectors
 
 FORMAT, VERSION = "steering vectors", "1"
@@ -177,12 +177,6 @@ def _refuse_another(path: Path, expected: ModelIdentity, folder: str | Path) -> 
 
 
 def _weights_digest(folder: Path) -> str:
-    weights = folder / "model.safetensors"
-    if weights.is_file():
-        # What was recorded when the folder was fetched spares reading gigabytes.
-        return model_source(folder).sha256 if (folder / SOURCE_FILE).is_file() else file_sha256(weights)
-    # What is recorded for sharded weights is the digest of their index, which fine-tunes of a model share.
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise InputError(f"{folder} holds no .safetensors weights, so vectors cannot be tied to it.")
-    return fingerprint([file_sha256(shard) for shard in shards])
+    if (folder / "model.safetensors").is_file() and (folder / SOURCE_FILE).is_file():
+        return model_source(folder).sha256  # recorded when the folder was fetched, which spares reading gigabytes
+    return weights_sha256(folder)  # an early record of sharded weights is of their index, which fine-tunes share

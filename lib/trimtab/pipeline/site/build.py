@@ -14,7 +14,7 @@ from trimtab.pipeline.site.pages import write_pages
 
 STATIC = Path(__file__).parent / "static"
 KIND = "site"
-"""Of files, in the mark of the folder that holds them; see `files.atomic`."""
+"""Kind of the site's files in the mark of their folder; see `files.atomic`."""
 SETTINGS: dict[str, Any] = {
     "project": "Trimtab",
     "author": "the pipeline",

@@ -22,7 +22,7 @@ LONGEST_LINE = 2_000
 LONGEST_OUTPUT = 300_000
 """Characters of an output that are shown at all."""
 TEXTS = ("name", "text", "statistic", "rule", "n", "control")
-"""Of a verdict."""
+"""Fields of a verdict that are text."""
 PICTURES = {"image/png": b"\x89PNG\r\n\x1a\n", "image/jpeg": b"\xff\xd8\xff"}
 """Kinds of pictures, with what each begins with."""
 SHOWN = ("text/html", "text/markdown", "text/plain", "image/png", "image/jpeg")
