@@ -138,7 +138,7 @@ def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
     command = ["dvc", "repro", "activations"]
     process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 600
-    while len(shards := list(smoke.glob("scratch/resume/*/train/shard-*.safetensors"))) < 2:
+    while len(shards := list(smoke.glob("scratch/resume/*/caches/train/shard-*.safetensors"))) < 2:
         assert time.monotonic() < deadline, "no shard appeared"
         time.sleep(0.1)
     for pid in kernels_in(smoke):

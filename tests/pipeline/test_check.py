@@ -267,7 +267,7 @@ def test_what_was_found_right_is_not_looked_into_again_until_something_changes(p
     for _ in range(2):
         with pytest.raises(InputError, match="`latents` of section `sae`"):
             check(project)
-    (project / ".dvc/tmp/trimtab-check.json").write_text("[", encoding="utf-8")
+    (project / ".dvc" / "tmp" / "trimtab-check.json").write_text("[", encoding="utf-8")
     shutil.copy(ROOT / "notebooks/sae.ipynb", sae)
     check(project)
 

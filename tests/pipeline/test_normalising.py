@@ -87,7 +87,7 @@ def test_addresses_of_objects_go():
 
 def test_paths_of_this_machine_are_replaced_as_a_whole_and_nowhere_else(monkeypatch):
     monkeypatch.setenv("HOME", "/grove")
-    monkeypatch.setattr(tempfile, "tempdir", "/tmp/a b")
+    monkeypatch.setattr(tempfile, "tempdir", "/scrap/a b")
     for kept in (
         "/groveed/x",
         "/data/grove/x",
@@ -105,8 +105,8 @@ def test_paths_of_this_machine_are_replaced_as_a_whole_and_nowhere_else(monkeypa
         "/grove": "~", "/grove.": "~.", "'/grove/x'": "'~/x'", "x=/grove/y": "x=~/y", "a:/grove/b": "a:~/b",
         "\x1b[32m/grove/x\x1b[0m": "\x1b[32m~/x\x1b[0m", "'\\n/grove/x'": "'\\n~/x'", "cc -I/grove/x": "cc -I~/x",
         "file:///grove/x": "file://~/x", "/home/somebody/project/data": "./data",
-        f"{sys.prefix}/lib": "<env>/lib", "File /tmp/a b/ipykernel_12/345.py:3": "File <cell>:3",
-        "\x1b[32m/tmp/ipykernel_12/345.py\x1b[39m": "\x1b[32m<cell>\x1b[39m",
+        f"{sys.prefix}/lib": "<env>/lib", "File /scrap/a b/ipykernel_12/345.py:3": "File <cell>:3",
+        "\x1b[32m/scrap/ipykernel_12/345.py\x1b[39m": "\x1b[32m<cell>\x1b[39m",
     }.items():  # fmt: skip
         assert text(before + "\n") == becomes + "\n"
 

@@ -25,7 +25,7 @@ from trimtab.pipeline.stages import Stage, stages
 from trimtab.rules import check_rules
 
 PARAMETERS = "params.yaml"
-STAMP = Path(".dvc/tmp/trimtab-check.json")
+STAMP = Path(".dvc", "tmp", "trimtab-check.json")
 """Under the root: the digest of what was found right last."""
 
 
