@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -12,11 +13,14 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from tests.smoke import LAST, environment, made, ran, repro, set_parameter, stages
+from trimtab.files import tree_sha256
 from trimtab.pipeline.records import read_record
+from trimtab.pipeline.stages import stages as declared
 from trimtab.pretrained import load_model, load_tokenizer
 
 pytestmark = pytest.mark.pipeline
@@ -130,6 +134,62 @@ def test_the_weights_are_sound_and_the_tokenizer_is_repaired(smoke):
     with torch.inference_mode():
         loss = model(ids, labels=ids).loss
     assert loss.exp().item() == pytest.approx(28.27, rel=0.01)
+
+
+KILLED = ("sae@hierarchical-64", "steering@steering", "mqar", "pretrain@rebased", "repetition@unlikelihood")
+
+
+def processes_of(project: Path) -> dict[str, list[psutil.Process]]:
+    """What runs a stage in this project: `dvc`, `runner`, `kernel` and `worker`."""
+    found: dict[str, list[psutil.Process]] = {"dvc": [], "runner": [], "kernel": [], "worker": []}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            words = " ".join(process.cmdline())
+            if Path(process.cwd()) == project:
+                for kind, sign in SIGNS.items():
+                    if sign in words:
+                        found[kind].append(process)
+                        break
+    return found
+
+
+SIGNS = {"worker": "spawn_main", "kernel": "ipykernel_launcher", "runner": "trimtab run", "dvc": "dvc repro"}
+
+
+def kill_at_random(smoke: Path, stage: str, chance: random.Random) -> None:
+    """Run a stage, and kill some of its processes at a moment of the dice's choosing."""
+    command = ["dvc", "repro", "--force", "--single-item", stage]
+    victims = chance.choice([("kernel",), ("runner",), ("worker", "kernel"), ("dvc", "runner", "kernel", "worker")])
+    with subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL) as process:
+        deadline = time.monotonic() + 300
+        while not processes_of(smoke)["kernel"] and process.poll() is None:
+            assert time.monotonic() < deadline, "no kernel appeared"
+            time.sleep(0.05)
+        time.sleep(chance.uniform(0.0, 8.0))
+        running = processes_of(smoke)
+        for kind in victims:
+            for each in running[kind]:
+                with contextlib.suppress(psutil.Error):
+                    each.kill()
+        process.wait(timeout=300)
+    deadline = time.monotonic() + 60
+    while any(processes_of(smoke).values()):
+        assert time.monotonic() < deadline, "something outlived its runner"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(smoke, name):
+    (stage,) = [each for each in declared(smoke) if each.name == name]
+    results = [path for path in stage.outs if not path.startswith("records/")]
+    before = {path: tree_sha256(smoke / path) for path in results}
+    chance = random.Random(name)
+    for _ in range(2):
+        kill_at_random(smoke, name, chance)
+    repro(smoke, "--force", "--single-item", name)
+    assert {path: tree_sha256(smoke / path) for path in results} == before
+    assert read_record(smoke / f"records/{name.replace('@', '/')}.ipynb").metadata.trimtab.status == "complete"
+    assert not list(smoke.glob("scratch/resume/*")), "progress was not dropped"
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
