@@ -1,6 +1,7 @@
 """A digest of code changes with what the code does, and with nothing else; imports are followed as Python runs them."""
 
 import json
+import linecache
 import subprocess
 import sys
 import textwrap
@@ -185,7 +186,7 @@ def test_notebooks_are_read_with_all_that_ipython_allows(library, cells, modules
     assert found(library, json.dumps(notebook), "start.ipynb") == modules
 
 
-@pytest.mark.parametrize("name", ["sae", "pretrain", "steering", "explore/kernels"])
+@pytest.mark.parametrize("name", ["pretrain", "steering"])
 def test_nothing_that_a_notebook_imports_is_missed(name):
     path = ROOT / f"notebooks/{name}.ipynb"
     cells = [
@@ -231,3 +232,38 @@ def test_code_is_known_as_it_was_loaded(tmp_path, monkeypatch):
     module = __import__("importlib").reload(module)
     assert module.f() == 4
     assert code.of(module.f) != before
+
+
+def of(text, name="f", file="typed_at_a_prompt"):
+    """The digest of a function that a program makes, whose text can be found, as a notebook's can."""
+    linecache.cache[file] = (len(text), None, text.splitlines(keepends=True), file)
+    names: dict = {}
+    exec(compile(text, file, "exec"), names)
+    return code.of(names[name])
+
+
+PAIR = "f, g = lambda x: x + 1, lambda x: x + 2"
+
+
+@pytest.mark.parametrize(
+    ("text", "same"),
+    [
+        ("# moved\n\nf, g = (lambda x: x + 1), lambda x: x + 3", True),
+        ("f = lambda x: (\n    x\n    + 1  # one\n)", True),
+        ("g, f = lambda x: x + 1, lambda x: x + 2", False),
+        ("f = lambda x: lambda x: x + 1", False),
+        ("f = (lambda x: lambda x: x + 1)(0)", False),
+        ("g, f = lambda: (lambda x: x + 1), lambda x: x + 1", True),
+        ("f = [lambda é: 'é', lambda x: x + 1][1]", True),
+        ("def f(x): return x + 1", False),
+    ],
+)
+def test_a_lambda_is_known_by_its_own_text(text, same):
+    assert (of(text) == of(PAIR)) == same
+
+
+def test_a_function_whose_text_is_lost_is_known_by_its_bytecode():
+    first = "def f(x):\n    {}\n    return x in {{'a', 'b'}} or [y + {} for y in x]"
+    digests = [of(first.format(doc, number), file="") for doc, number in (("'A'", 1), ("'B'", 1), ("'A'", 2))]
+    assert digests[0] == digests[1] != digests[2]
+    assert "0x" not in json.dumps(code._bytecode((lambda: lambda: {"a"}).__code__))

@@ -1,6 +1,5 @@
 """Nothing is lost that Trimtab did not make: every writer, into every kind of place that somebody may name."""
 
-import json
 import os
 import stat
 import subprocess
@@ -12,7 +11,8 @@ import torch
 
 from trimtab import files
 from trimtab.errors import InputError
-from trimtab.files import MARK, atomic, exclusive, foreign_files, own_files, publish, tree_sha256, write_json
+from trimtab.files import atomic, exclusive, publish, tree_sha256, write_json
+from trimtab.marks import MARK, foreign_files
 
 
 def save(folder: Path, kind: str = "files", **contents: str) -> None:
@@ -64,7 +64,7 @@ def test_files_and_folders_do_not_take_each_others_place(tmp_path):
     with pytest.raises(InputError, match=r"cannot be written, .*file is no folder"):
         write_json(tmp_path / "file/below.json", 1)
     (tmp_path / "folder/a").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="folder/a is a file where a folder is to be"):
+    with pytest.raises(InputError, match="folder/a is a file or a link where a folder is to be"):
         save(tmp_path / "folder", a__b="1")
     (tmp_path / "folder/c").mkdir()
     with pytest.raises(InputError, match="folder/c exists and was not written by Trimtab"):
@@ -73,27 +73,6 @@ def test_files_and_folders_do_not_take_each_others_place(tmp_path):
     with pytest.raises(InputError, match="neither a file nor a folder"):
         write_json(tmp_path / "pipe", 1)
     assert contents(tmp_path) == {"folder/mine": "mine", "folder/a": "mine", "file": "mine"}
-
-
-def test_writers_of_two_kinds_share_a_folder(tmp_path):
-    save(tmp_path / "out", "sae", a="1", shared="sae")
-    save(tmp_path / "out", "export", b="2", shared="export")
-    assert own_files(tmp_path / "out") == {"sae": ["a", "shared"], "export": ["b", "shared"]}
-    save(tmp_path / "out", "sae", c="3")
-    assert contents(tmp_path / "out") == {"b": "2", "c": "3", "shared": "export"}
-
-
-@pytest.mark.parametrize("mark", ["[]", "{", '{"files": ["../precious", "/etc/passwd", ""]}', '{"files": 3}', "\udcff"])
-def test_a_mark_that_was_altered_gives_no_rights(tmp_path, mark):
-    (tmp_path / "precious").write_text("mine", encoding="utf-8")
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / MARK).write_bytes(mark.encode("utf-8", "surrogateescape"))
-    (tmp_path / "out/a").write_text("mine", encoding="utf-8")
-    with pytest.raises(InputError, match="was not written by Trimtab"):
-        save(tmp_path / "out", a="1")
-    save(tmp_path / "out", b="1")
-    assert (tmp_path / "precious").read_text(encoding="utf-8") == "mine"
-    assert (tmp_path / "out/a").read_text(encoding="utf-8") == "mine"
 
 
 def test_the_folder_one_stands_in_is_a_place_like_any_other(tmp_path, monkeypatch):
@@ -118,19 +97,17 @@ def test_a_linked_folder_is_written_through_and_a_linked_file_replaced(tmp_path)
     assert (tmp_path / "cache.json").read_text(encoding="utf-8") == "of the cache"
 
 
-def test_a_whole_folder_is_only_written_where_nothing_else_lies(tmp_path):
-    (tmp_path / "docs").mkdir()
-    (tmp_path / "docs/mine").write_text("mine", encoding="utf-8")
-    with (
-        pytest.raises(InputError, match="docs holds mine, which Trimtab did not write"),
-        atomic(tmp_path / "docs", whole=True),
+@pytest.mark.parametrize("name", ["n" * 256, "\u00fc" * 128, "n" * 300 + "/below", "a\0b", "\ud800", "d/" * 2000])
+def test_a_path_that_no_file_can_have_is_refused_in_one_sentence(tmp_path, name):
+    for write in (
+        lambda path: write_json(path, 1),
+        lambda path: save(path, a="1"),
+        lambda path: publish(tmp_path, path),
     ):
-        raise AssertionError("asked too late")
-    for text in ("1", "2"):
-        with atomic(tmp_path / "site", "site", whole=True) as partial:
-            partial.mkdir()
-            (partial / f"page{text}").write_text(text, encoding="utf-8")
-    assert contents(tmp_path / "site") == {"page2": "2"}
+        with pytest.raises(InputError, match=r"is no path: it holds|\.\.\. is too long: ") as refusal:
+            write(tmp_path / name)
+        str(refusal.value).encode()
+    assert not list(tmp_path.iterdir())
 
 
 WRITE = """
@@ -291,6 +268,9 @@ def test_every_writer_of_a_folder_keeps_the_files_of_others(tiny_llama, model_fo
     with pytest.raises(InputError, match="is a file: name a folder"):
         write(tmp_path / "file")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    for impossible in ("n" * 300, "a\0b", "\ud800"):
+        with pytest.raises(InputError, match=r"is no path: it holds|is too long"):
+            write(tmp_path / impossible)
 
 
 def test_vectors_are_not_written_over_a_folder_or_what_others_wrote(model_folder, tmp_path):
@@ -343,10 +323,17 @@ def test_a_capture_begins_only_where_no_other_lies(caches, tiny_llama, tokenizer
                 **options,
             )
         assert (tmp_path / name[:5] / name).read_text(encoding="utf-8") == "mine"
-
-
-def test_marks_are_the_same_bytes_every_time(tmp_path):
-    for name in ("one", "two"):
-        save(tmp_path / name, "sae", b="1", a="2")
-    assert (tmp_path / "one" / MARK).read_bytes() == (tmp_path / "two" / MARK).read_bytes()
-    assert json.loads((tmp_path / "one" / MARK).read_text(encoding="utf-8")) == {"sae": ["a", "b"]}
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "another").mkdir()
+    for place, name in (
+        (folder, "journal.json"),
+        (tmp_path / "another", "journal.json"),
+        (tmp_path / "another", "manifest.json"),
+    ):
+        (place / name).write_text('["mine"]', encoding="utf-8")
+        with pytest.raises(InputError, match=f"{name} is of no capture"):
+            write_cache(place, wrap(tiny_llama, tokenizer), Blocks(blocks_file, "val", 500), cache_config, **options)
+        assert (place / name).read_text(encoding="utf-8") == '["mine"]'
+    for place in (tmp_path / "file", tmp_path / ("n" * 300)):
+        with pytest.raises(InputError, match=r"is a file: name a folder|is too long"):
+            write_cache(place, wrap(tiny_llama, tokenizer), Blocks(blocks_file, "val", 500), cache_config, **options)

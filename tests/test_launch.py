@@ -151,6 +151,91 @@ def test_a_closure_is_known_by_what_it_was_made_with(tmp_path):
     assert each(lambda x: x - 7, [(1,)], tmp_path) == [-6]
 
 
+class Times:
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, x):
+        return self.factor * x
+
+    def of(self, x):
+        return self.factor * x
+
+
+class Known(Times):
+    """Says itself what it computes by: not by what it was read from."""
+
+    def __init__(self, factor, read_from):
+        super().__init__(factor)
+        self.read_from = read_from
+
+    @property
+    def identity(self):
+        return {"factor": self.factor}
+
+
+def with_default(factor):
+    def times(x, factor=factor):
+        return factor * x
+
+    return times
+
+
+def weighted(threads, code, x):
+    return threads[0] * code * x
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda x: 2 * x, lambda x: 3 * x),
+        (with_default(2), with_default(3)),
+        (Times(2), Times(3)),
+        (Times(2).of, Times(3).of),
+        (partial(Times(2)), partial(Times(3))),
+        (partial(partial(scaled, 2)), partial(partial(scaled, 3))),
+        (partial(weighted, [2], 1), partial(weighted, [3], 1)),
+        (partial(weighted, threads=[1], code=2), partial(weighted, threads=[1], code=3)),
+        (partial(weighted, threads=[2], code=1), partial(weighted, threads=[3], code=1)),
+        (eval("lambda x: 2 * x"), eval("lambda x: 3 * x")),
+        (Known(2, "here"), Known(3, "here")),
+    ],
+)  # fmt: skip
+def test_functions_that_compute_otherwise_share_no_result(tmp_path, one, other):
+    if isinstance(one, partial) and one.keywords:
+        one, other = (partial(_called_with, function) for function in (one, other))
+    for _ in range(2):
+        assert each(one, [(1,)], tmp_path) == [2]
+        assert each(other, [(1,)], tmp_path) == [3]
+    assert len(list(tmp_path.glob("*.json"))) == 2
+
+
+def _called_with(function, x):
+    return function(x=x)
+
+
+def test_what_an_object_says_it_computes_by_is_all_that_counts(tmp_path):
+    each(Known(2, "here"), [(1,)], tmp_path)
+    each(partial(Known(2, "there")), [(1,)], tmp_path)
+    each(Known(2, "there").of, [(1,)], tmp_path)
+    assert len(list(tmp_path.glob("*.json"))) == 2, "the method is another function"
+
+
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "null", "3", '"result"', "", '{"result": ', '{"identity": [], "job": {}}', "\0"]
+)
+def test_a_file_without_a_result_is_put_aside_and_its_job_run_again(tmp_path, capfd, text):
+    assert each(partial(scaled, 2), [(1,), (2,)], tmp_path) == [2, 4]
+    file = sorted(tmp_path.glob("*.json"))[0]
+    file.write_text(text, encoding="utf-8")
+    capfd.readouterr()
+    assert each(partial(scaled, 2), [(1,), (2,)], tmp_path) == [2, 4]
+    told = [line for line in capfd.readouterr().err.splitlines() if str(file) in line]
+    assert len(told) == 1
+    assert "holds no result: it is kept as" in told[0]
+    assert file.with_suffix(".damaged").read_text(encoding="utf-8") == text
+
+
 def placed(x, place):
     place.mkdir(parents=True, exist_ok=True)
     (place / CHECKPOINT).write_text("half", encoding="utf-8")

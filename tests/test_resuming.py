@@ -221,8 +221,8 @@ def kind(request, folders, corpora, monkeypatch):
     return {
         "sae": Kind(partial(sae, folders), ("data", "config", "threads"), 11),
         "rl": Kind(partial(rl, folders), ("data", "model", "config", "end", "identity", "threads"), 3),
-        "sweep": Kind(partial(sweep, folders), ("task", "judge", "model", "grid", "threads"), 5),
-        "repetition": Kind(partial(repetition, folders, corpora), ("data", "model", "config", "threads"), 6),
+        "sweep": Kind(partial(sweep, folders), ("task", "judge", "grid"), 5),
+        "repetition": Kind(partial(repetition, folders, corpora), ("data", "model", "config"), 6),
         "recall": Kind(recall, ("config", "threads"), 4),
         "pretrain": Kind(partial(pretrain, folders), ("data", "config", "threads"), 5),
     }[request.param]

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from trimtab.errors import InputError
 from trimtab.files import atomic, file_sha256, fingerprint, read_json, remove, write_json
-from trimtab.identity import Identity, digest, identify, tell
+from trimtab.identity import digest, identify, tell
 
 __all__ = [
     "Checkpoint",
@@ -109,11 +109,11 @@ class Checkpoint:
         return path.exists()
 
 
-def _aside(path: Path, identity: Identity) -> Path:
+def _aside(path: Path, identity: Mapping[str, Any]) -> Path:
     return path.with_name(f"{path.stem}-{digest(identity)}{path.suffix}")
 
 
-def _identity_at(path: Path) -> Identity | None:
+def _identity_at(path: Path) -> dict[str, Any] | None:
     """Whose state a file holds; None where there is no file."""
     if not path.exists():
         return None

@@ -4,6 +4,7 @@ import ast
 import hashlib
 import inspect
 import json
+import linecache
 import re
 import sys
 import textwrap
@@ -13,6 +14,7 @@ from fnmatch import fnmatch
 from functools import cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 LIBRARY = Path(__file__).resolve().parent
@@ -30,7 +32,7 @@ def module_digests(*start: Path, without: Iterable[str] = (), library: Path = LI
     Imports are read, not run: those inside functions count, those under TYPE_CHECKING do not. A module that is imported
     by a computed name brings all modules of the folder it is imported in.
     """
-    library, found, specs = library.resolve(), dict[Path, str](), _specs()
+    library, found = library.resolve(), dict[Path, str]()
     waiting, seen = [path.resolve() for path in start], set[Path]()
     while waiting:
         path = waiting.pop()
@@ -38,7 +40,7 @@ def module_digests(*start: Path, without: Iterable[str] = (), library: Path = LI
         if path in seen or any(fnmatch(inside, pattern) for pattern in without):
             continue
         seen.add(path)
-        source, package = _source(path, specs.get(path)), ""
+        source, package = _source(path), ""
         if inside:
             found[path] = digest(source)
             package = ".".join([library.name, *Path(inside).parent.parts])
@@ -60,17 +62,35 @@ def digest(source: str) -> str:
 
 
 def of(function: Callable[..., Any]) -> str:
-    """The digest of a function's code: its module's, and that of every library module behind it. Of a partial: of the
-    function inside. A function of a notebook or a script, where everything else changes too, is known by itself."""
-    while isinstance(function, partial):
-        function = function.func
-    module = inspect.getmodule(function)
-    file = Path(getattr(module, "__file__", None) or "")
-    known = file.is_file() and file.suffix == ".py"
-    parts = module_digests(file, without=DISPLAY) if known else {}
-    own = known and function.__module__ != "__main__"
-    parts[""] = digest(_source(file.resolve(), _specs().get(file.resolve())) if own else _text_of(function))
-    return f"sha256:{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]}"
+    """The digest of a function or class: of its text, its module's, and that of every library module behind it. A
+    function of a notebook or a script, where everything else changes too, is known by itself; what comes with Python
+    by its name; what has no text by its bytecode, which another Python makes otherwise. Of a partial or a method: of
+    the function inside."""
+    while isinstance(function, partial | MethodType):
+        function = function.func if isinstance(function, partial) else function.__func__
+    module, name = _module_of(function), getattr(function, "__qualname__", type(function).__qualname__)
+    where, parts = str(getattr(module, "__name__", "")), ["", ""]
+    if where.partition(".")[0] not in sys.stdlib_module_names:
+        parts = [of_module(module, own=in_file(function)), _text_of(function)]
+    parts += [name] if any(parts) else [where, name]
+    return f"sha256:{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+
+def of_module(module: ModuleType | None, own: bool = True) -> str:
+    """The digest of a module's text, unless `own` is off, and of every library module behind it."""
+    file = Path(getattr(module, "__file__", None) or "").resolve()
+    if file.suffix != ".py" or not file.is_file():
+        return ""
+    parts = module_digests(file, without=DISPLAY) | ({"": digest(_source(file))} if own else {})
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def in_file(function: Callable[..., Any]) -> bool:
+    """Whether a function or class is known by the text of an imported module."""
+    module, program = _module_of(function), _program_of(function)
+    file = str(getattr(module, "__file__", ""))
+    there = program is None or Path(program.co_filename).resolve() == Path(file).resolve()
+    return there and file.endswith(".py") and module is not sys.modules["__main__"]
 
 
 def behind(names: Mapping[str, Any], root: Path) -> dict[str, str]:
@@ -84,25 +104,73 @@ def behind(names: Mapping[str, Any], root: Path) -> dict[str, str]:
     files = {file for file in files if file.suffix == ".py" and "site-packages" not in file.parts and file.is_file()}
     mine = {file for file in files if file.is_relative_to(root.resolve()) and not file.is_relative_to(LIBRARY)}
     found = module_digests(*mine, *(file for file in files if file.is_relative_to(LIBRARY)), without=DISPLAY)
-    specs, begin = _specs(), LIBRARY / "pipeline/notebook.py"
-    found["lib/trimtab/pipeline/notebook.py"] = digest(_source(begin, specs.get(begin)))
-    return found | {
-        file.relative_to(root.resolve()).as_posix(): digest(_source(file, specs.get(file))) for file in sorted(mine)
-    }
+    found["lib/trimtab/pipeline/notebook.py"] = digest(_source(LIBRARY / "pipeline/notebook.py"))
+    return found | {file.relative_to(root.resolve()).as_posix(): digest(_source(file)) for file in sorted(mine)}
 
 
-def name_of(function: Callable[..., Any]) -> str:
-    """Which function of its module it is; of one without a name of its own, the text's digest as well."""
-    name = getattr(function, "__qualname__", type(function).__qualname__)
-    return f"{name} {digest(_text_of(function))}" if "<lambda>" in name else name
+def _module_of(function: Callable[..., Any]) -> ModuleType | None:
+    if isinstance(function, FunctionType):  # a wrapper takes the name of another's module
+        return sys.modules.get(function.__globals__.get("__name__", ""))
+    return inspect.getmodule(function)
+
+
+def _program_of(function: Callable[..., Any]) -> CodeType | None:
+    return function.__code__ if isinstance(function, FunctionType) else None
 
 
 def _text_of(function: Callable[..., Any]) -> str:
+    """The digest of its own text, or of its bytecode. Of several lambdas on a line it is the one that holds all of the
+    program's instructions, and of those within one another the innermost."""
+    program = _program_of(function)
+    if program is None:
+        try:
+            return "" if in_file(function) else digest(textwrap.dedent(inspect.getsource(function)))
+        except (OSError, TypeError):
+            return ""
+    file = Path(program.co_filename).resolve()
+    lines = () if in_file(function) else linecache.getlines(program.co_filename, function.__globals__)
+    source = _source(file) if in_file(function) else "".join(lines)
+    node = _definition(source, program)
+    content = _plain(node) if node else _bytecode(program, function.__doc__)
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def _definition(source: str, program: CodeType) -> ast.AST | None:
     try:
-        return textwrap.dedent(inspect.getsource(function))
-    except (OSError, TypeError):
-        code = getattr(function, "__code__", None)  # typed at a prompt: no text is left of it
-        return repr((code.co_code, code.co_consts, code.co_names)) if code else repr(function)
+        tree = _parse(source)
+    except (SyntaxError, ValueError):
+        return None
+    found = []
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
+        if (getattr(node, "name", "<lambda>"), first) == (program.co_name, program.co_firstlineno):
+            found.append(node)
+    if len(found) > 1:
+        at = [place for place in program.co_positions() if None not in place and place[2] != place[3]]
+        found = [
+            node for node in found if isinstance(node, ast.Lambda) and all(_holds(node.body, *each) for each in at)
+        ]
+        found = sorted(found, key=lambda node: len(ast.dump(node)))[: 1 if at else 0]
+    return found[0] if found else None
+
+
+def _holds(node: ast.expr, line: Any, last_line: Any, column: Any, last: Any) -> bool:
+    end = node.end_lineno or 0, node.end_col_offset or 0
+    return (node.lineno, node.col_offset) <= (line, column) and (last_line, last) <= end
+
+
+def _bytecode(value: Any, doc: str | None = None) -> Any:
+    """A program, or a constant of one, as lists and strings."""
+    if isinstance(value, CodeType):
+        constants = [None if each == doc else each for each in value.co_consts]
+        names = value.co_names, value.co_varnames, value.co_freevars
+        return [value.co_code.hex(), _bytecode(names), [_bytecode(each) for each in constants]]
+    if isinstance(value, tuple | frozenset):
+        items = [_bytecode(each) for each in value]
+        return [type(value).__name__, *(items if isinstance(value, tuple) else sorted(items, key=json.dumps))]
+    return [type(value).__name__, ascii(value)]
 
 
 _texts: dict[Path, tuple[ModuleSpec, str]] = {}
@@ -110,23 +178,20 @@ _texts: dict[Path, tuple[ModuleSpec, str]] = {}
 changes nothing until it is loaded again."""
 
 
-def _source(path: Path, spec: ModuleSpec | None = None) -> str:
-    """A module's text; of a notebook the text of its code cells. `spec`: of the module, where this process has it."""
-    if spec is not None and path in _texts and _texts[path][0] is spec:
-        return _texts[path][1]
-    text = path.read_text(encoding="utf-8")
-    if path.suffix != ".ipynb":
-        if spec is not None:
-            _texts[path] = spec, text
+def _source(path: Path) -> str:
+    """A module's text, as it was when this process loaded it; of a notebook the text of its code cells."""
+    spec, text = _texts.get(path, (None, ""))
+    if spec is not None and getattr(sys.modules.get(spec.name), "__spec__", None) is spec:
         return text
-    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-    return "\n".join(map(python_of, cells))
-
-
-def _specs() -> dict[Path, ModuleSpec]:
-    """By file, what the modules of this process were loaded by."""
-    specs = (getattr(module, "__spec__", None) for module in list(sys.modules.values()))
-    return {Path(spec.origin): spec for spec in specs if spec is not None and spec.has_location and spec.origin}
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+        return "\n".join(map(python_of, cells))
+    for module in list(sys.modules.values()):
+        spec = getattr(module, "__spec__", None)
+        if spec is not None and spec.origin == str(path):
+            _texts[path] = spec, text
+    return text
 
 
 def python_of(cell: str) -> str:

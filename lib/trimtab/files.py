@@ -2,7 +2,8 @@
 
 A write goes to a neighbour named `.<name>.partial-<host>-<pid>-<token>`, is flushed to disk, and takes its place by a
 rename. A process killed at any moment leaves the old file or the new one. A folder that exists is filled file by file:
-its hidden mark `.trimtab` lists which files are Trimtab's own, and only those are ever replaced or removed.
+its hidden mark `.trimtab` lists Trimtab's own files with their digests, and only what is still as listed is ever
+replaced or removed.
 Imports nothing heavy: the runner, which opens every stage, has no other use for torch.
 """
 
@@ -16,21 +17,23 @@ import shutil
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 from filelock import FileLock, Timeout
 
 from trimtab.errors import InputError
+from trimtab.marks import contents, fill, sha256
+from trimtab.marks import file_sha256 as file_sha256
 
 if TYPE_CHECKING:
     import polars as pl
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
 CLOSED = {errno.EROFS, errno.EACCES, errno.EPERM}
-MARK = ".trimtab"
-"""Hidden file of a folder that Trimtab writes into: by kind of writer, the names of the files that are its own."""
+UNFIT = re.compile("[\0\ud800-\udfff]")
+"""What no file name holds: NUL, and halves of surrogate pairs."""
 
 
 def disk_trouble(error: Exception, path: Path | str | None = None) -> str | None:
@@ -45,21 +48,18 @@ def disk_trouble(error: Exception, path: Path | str | None = None) -> str | None
     return None
 
 
-def file_sha256(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def tree_sha256(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, or of a folder's relative names and contents; the mark of a folder does not
-    count. Raises InputError where nothing is there."""
+    count. Raises InputError where nothing is there, and for a link to a folder within: who changes what lies behind
+    it changes nothing here."""
     if path.is_file():
         return file_sha256(path)
     if not path.is_dir():
         raise InputError(f"{path} is missing: run the stage that writes it (`dvc repro`).")
-    names = sorted(file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
-    return fingerprint([[name, file_sha256(path / name)] for name in names if name != MARK])
+    sums = {name: sha256(path / name) for name in contents(path)}
+    if linked := [name for name, sum_ in sums.items() if sum_ is None and (path / name).is_dir()]:
+        raise InputError(f"{path / linked[0]} is a link to a folder: put the folder itself there.")
+    return fingerprint([[name, sum_] for name, sum_ in sums.items()])
 
 
 def fingerprint(value: Any) -> str:
@@ -68,18 +68,18 @@ def fingerprint(value: Any) -> str:
 
 
 @contextmanager
-def atomic(
-    path: Path, kind: str = "files", *, own: Callable[[Path], bool] | None = None, whole: bool = False
-) -> Iterator[Path]:
+def atomic(path: Path, kind: str = "files", *, own: Callable[[Path], bool] | None = None) -> Iterator[Path]:
     """Yield a path to write to, a file or a folder; on success it becomes `path`, on failure nothing is left.
 
     A folder that exists keeps what is not Trimtab's: files that an earlier write of the same `kind` made are replaced,
-    or removed where they are no longer written. `own` tells whether a file that exists may be replaced (default: any);
-    with `whole` a folder that exists must hold nothing but what its mark lists.
+    or removed where they are no longer written. `own` tells whether a file that exists may be replaced (default: any),
+    and of a folder, which other files than those that are as its mark lists them (default: none).
     Partial writes of processes of this host that are no more are removed on the way. Raises InputError, before
-    anything is touched, where a foreign file, a folder or a device is in the place of a file or a file in that of a
-    folder; and where the disk is full or may not be written to.
+    anything is touched, for a path that no file can have; where a foreign or changed file, a folder, a link to one or a
+    device is in the place of a file, or a file or a link in that of a folder; and where the disk is full or may not be
+    written to.
     """
+    check_path(path)
     target = path.resolve() if path.is_dir() else path.absolute()  # a link to a file is replaced itself
     stem = f".{_short(target.name)}.partial-{_host()}-"
     partial = target.parent / f"{stem}{os.getpid()}-{secrets.token_hex(4)}"
@@ -87,8 +87,6 @@ def atomic(
         raise InputError(f"{path} is neither a file nor a folder: name another path.")
     if target.is_file() and own is not None and not own(target):
         raise InputError(f"{path} exists and was not written by Trimtab: name a new file, or remove it first.")
-    if whole and target.is_dir() and (foreign := foreign_files(target)):
-        raise InputError(f"{path} holds {foreign[0]}, which Trimtab did not write: name a new folder.")
     try:
         _make_parent(target, path)
         for stale in target.parent.glob(f"{_glob(stem)}*"):
@@ -98,7 +96,7 @@ def atomic(
         yield partial
         _flush(partial)
         if partial.is_dir():
-            _place_folder(partial, target, path, kind)
+            fill(partial, target, path, kind, own)
         elif target.is_dir():
             raise InputError(f"{path} is a folder: name a file.")
         else:
@@ -111,21 +109,12 @@ def atomic(
         remove(partial)
 
 
-def own_files(folder: Path) -> dict[str, list[str]]:
-    """What the mark of a folder lists, by kind of writer; empty where the folder has no mark."""
-    try:
-        held = json.loads((folder / MARK).read_text(encoding="utf-8"))
-        kinds = {str(kind): [str(name) for name in names] for kind, names in held.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
-        return {}
-    return {kind: [name for name in names if _is_inside(name)] for kind, names in kinds.items()}
-
-
-def foreign_files(folder: Path) -> list[str]:
-    """Names of the files of a folder that its mark does not list: Trimtab did not make them."""
-    mine = {MARK, *(name for names in own_files(folder).values() for name in names)}
-    found = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir())
-    return sorted(name for name in found if name not in mine)
+def check_path(path: Path) -> None:
+    """Raise InputError for a path that no file can have."""
+    if UNFIT.search(str(path)):
+        raise InputError(f"{str(path)!a} is no path: it holds a NUL or half a character.")
+    if len(str(path).encode()) > 3500 or any(len(part.encode()) > 255 for part in path.parts):
+        raise InputError(f"{str(path)[:60]}... is too long: 255 bytes are the most that a name may have, 3500 a path.")
 
 
 def publish(source: Path, target: Path) -> None:
@@ -204,51 +193,6 @@ def read_parquet(path: Path, **options: Any) -> "pl.DataFrame":
     except (OSError, ValueError, pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         reason = f"is damaged ({(str(error).splitlines() or ['no reason given'])[0]})"
     raise InputError(f"{path} {reason}: delete it and run its stage again.")
-
-
-def _place_folder(partial: Path, target: Path, asked: Path, kind: str) -> None:
-    """Move what was written to its place; see `atomic`."""
-    if target.is_file() or target.is_symlink():
-        raise InputError(f"{asked} is a file: name a folder.")
-    names = sorted(file.relative_to(partial).as_posix() for file in partial.rglob("*") if not file.is_dir())
-    folders = [each.relative_to(partial) for each in sorted(partial.rglob("*")) if each.is_dir()]
-    held = own_files(target)
-    others = {name for each, files in held.items() if each != kind for name in files}
-    before = set(held.get(kind, []))
-    for name in names:
-        place = target / name
-        above = [target / each for each in PurePosixPath(name).parents if str(each) != "."]
-        if (os.path.lexists(place) and name not in before | others) or place.is_dir():
-            raise InputError(f"{place} exists and was not written by Trimtab: name a new folder, or remove it first.")
-        if taken := next((each for each in above if each.is_file()), None):
-            raise InputError(f"{taken} is a file where a folder is to be: name a new folder, or remove it first.")
-    if not target.exists():
-        _mark(partial, {kind: names})
-        partial.rename(target)
-        return
-    _mark(target, held | {kind: sorted(before | set(names))})
-    for folder in folders:
-        (target / folder).mkdir(parents=True, exist_ok=True)
-    for name in names:
-        (partial / name).replace(target / name)
-    for name in before - set(names) - others:
-        (target / name).unlink(missing_ok=True)
-        for folder in list(Path(name).parents)[:-1]:
-            if (target / folder).is_dir() and not any((target / folder).iterdir()):
-                (target / folder).rmdir()
-    _mark(target, held | {kind: names})
-
-
-def _mark(folder: Path, kinds: dict[str, list[str]]) -> None:
-    new = folder / f"{MARK}-{secrets.token_hex(4)}"
-    new.write_text(json.dumps(kinds, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    new.replace(folder / MARK)
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name of a mark, which anybody may have edited, stays in its folder."""
-    parts = PurePosixPath(name).parts
-    return bool(parts) and not PurePosixPath(name).is_absolute() and ".." not in parts
 
 
 def _make_parent(target: Path, asked: Path) -> None:

@@ -1,7 +1,7 @@
 """Run one function on many jobs, inline or in processes of their own; finished results are kept on disk."""
 
-import inspect
 import multiprocessing
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from trimtab import code
 from trimtab.errors import InputError
 from trimtab.files import read_json, write_json
-from trimtab.identity import Identity, digest, identify, machine, tell
+from trimtab.identity import behaviour, digest, identify, machine, tell
 from trimtab.processes import pool
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -36,8 +35,9 @@ def each(
     """function(*job) for every job, in their order; results are JSON-able, and kept in `folder`.
 
     A result is used again where job, code, threads, versions and `identity` are the same: `identity` says what else it
-    depends on (contents of data and models, the device), as `identity.identify` takes it. Plain values that a partial
-    holds count by themselves. Results of another identity are kept, and told of. With `places` the function is also
+    depends on (contents of data and models, the device), as `identity.identify` takes it. What a partial, a closure, a
+    method or a callable object holds counts by itself, but for what lies at its paths. Results of another identity are
+    kept, and told of; a file that holds no result is put aside. With `places` the function is also
     given `place`, a folder of this job and identity alone; the file `CHECKPOINT` in it is dropped once the result is
     kept.
 
@@ -48,11 +48,10 @@ def each(
     if workers < 1:
         raise InputError(f"workers must be positive, not {workers}.")
     threads = max(1, torch.get_num_threads() // workers)
-    parts = identify(identity, **_held(function), **machine() | {"threads": threads})
-    parts |= {"function": code.name_of(_inner(function)), "code": code.of(function)}
+    parts = identify(behaviour(function), machine() | {"threads": threads}, identity)
     keys = [digest([parts, list(job)]) for job in jobs]
     files = {key: folder / f"{key}.json" for key in keys}
-    missing = {key: job for key, job in zip(keys, jobs, strict=True) if not files[key].is_file()}
+    missing = {key: job for key, job in zip(keys, jobs, strict=True) if not _is_kept(files[key])}
     owners = {key: {"identity": parts, "job": digest(list(job))} for key, job in missing.items()}
     _tell_of_others(folder, owners)
     for key, owner in owners.items() if places else ():
@@ -81,24 +80,18 @@ def in_worker() -> bool:
     return multiprocessing.parent_process() is not None
 
 
-def _inner(function: Callable[..., Any]) -> Callable[..., Any]:
-    return function.func if isinstance(function, partial) else function
-
-
-def _held(function: Callable[..., Any]) -> Identity:
-    """What a partial or a closure was bound to, as far as it has contents of its own: things that change, as lists do,
-    and what lies at paths are for the caller's identity to tell."""
-    values: dict[str, Any] = {}
-    if isinstance(function, partial):
-        values = {f"argument {i}": value for i, value in enumerate(function.args)} | function.keywords
-    if inspect.isfunction(_inner(function)):
-        values |= inspect.getclosurevars(_inner(function)).nonlocals
-    found: Identity = {}
-    for name, value in values.items():
-        if not isinstance(value, Path | list | dict | set):
-            with suppress(InputError):
-                found |= identify(**{name: value})
-    return found
+def _is_kept(file: Path) -> bool:
+    """Whether a file holds a result. What holds none, cut short or edited, makes room and is told of."""
+    if not file.is_file():
+        return False
+    with suppress(InputError):
+        there = read_json(file)
+        if isinstance(there, dict) and "result" in there:
+            return True
+    aside = file.with_suffix(".damaged")
+    file.replace(aside)
+    print(f"{file} holds no result: it is kept as {aside.name}, and its job is run again.", file=sys.stderr)
+    return False
 
 
 def _tell_of_others(folder: Path, owners: Mapping[str, Mapping[str, Any]]) -> None:
@@ -107,7 +100,8 @@ def _tell_of_others(folder: Path, owners: Mapping[str, Mapping[str, Any]]) -> No
     for path in sorted([*folder.glob("*.json"), *folder.glob(f"*/{OWNER}")]) if by_job else ():
         with suppress(InputError):  # what is damaged here is not ours
             there = read_json(path)
-            here = by_job.get(there.get("job")) if isinstance(there, dict) and "identity" in there else None
+            there = there if isinstance(there, dict) and isinstance(there.get("identity"), dict) else {}
+            here = by_job.get(str(there.get("job")))
             if here is not None and digest(there["identity"]) != digest(here):
                 tell(path.parent if path.name == OWNER else path, there["identity"], here)
                 return

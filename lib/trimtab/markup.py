@@ -12,20 +12,28 @@ JOINERS = "\u200c\u200d"
 """Format characters that scripts and emoji need, and that change nothing beyond their neighbours."""
 
 
+class Shown(dict[int, str]):
+    """What each character is shown as, for `str.translate`."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        if code < 0x20:
+            shown = {"\n": "↵", "\t": "⇥"}.get(character) or chr(0x2400 + code)
+        elif character == " " or character in JOINERS or unicodedata.category(character)[0] not in "CZ":
+            shown = character
+        else:
+            shown = f"[U+{code:04X}]"
+        self[code] = shown
+        return shown
+
+
+_SHOWN = Shown()
+
+
 def visible(text: str) -> str:
     """The text with white space and control characters made visible, and nothing left that would reorder or hide its
     surroundings (terminal escapes, bidirectional marks, zero-width characters)."""
-
-    def show(character: str) -> str:
-        if character in "\n\t":
-            return {"\n": "↵", "\t": "⇥"}[character]
-        if ord(character) < 0x20:
-            return chr(0x2400 + ord(character))
-        if character == " " or character in JOINERS or unicodedata.category(character)[0] not in "CZ":
-            return character
-        return f"[U+{ord(character):04X}]"
-
-    return "".join(map(show, text))
+    return text.translate(_SHOWN)
 
 
 def escaped(text: str) -> str:

@@ -4,13 +4,14 @@ A rule is a function of sections, and applies where the pipeline has them all. T
 section's. Rules stand in modules `rules` of the packages that they are about, which `check_rules` finds.
 """
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.validation import nearest_of, of_field
+from trimtab.validation import nearest_of, of_field, require
 
 
 class Section(dict[str, Any]):
@@ -39,10 +40,24 @@ def rule(*sections: str) -> Callable[[Rule], Rule]:
     return add
 
 
+def at_most(name: str, keys: str, limit: str) -> None:
+    """Add the rule that numbers of a section, or the largest of its lists, are at most another: `sae.latents`, say."""
+    other, _, bound = limit.partition(".")
+
+    @rule(name, other)
+    def holds(section: Section, limiting: Section) -> None:
+        most = limiting[bound]
+        for key in keys.split():
+            values = section[key] if isinstance(section[key], list) else [section[key]]
+            require(max(values) <= most, key, section[key], f"at most `{bound}` = {most} of {limiting}")
+
+
 def check_rules(parameters: Mapping[str, Any]) -> None:
     """Raise InputError for the first rule that does not hold."""
     for found in sorted(Path(__file__).parent.glob("*/rules.py")):
-        import_module(f"trimtab.{found.parent.name}.rules")
+        named = re.findall(r'^@rule\("(\w+)"', found.read_text(encoding="utf-8"), re.MULTILINE)
+        if any(name in parameters for name in named):  # a package takes seconds to import
+            import_module(f"trimtab.{found.parent.name}.rules")
     for names, function in RULES:
         if all(name in parameters for name in names):
             try:

@@ -6,13 +6,15 @@ Messages begin with the field in backticks; who knows the section of params.yaml
 import difflib
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import Any, TypeVar
 
 from trimtab.errors import InputError
 
 Made = TypeVar("Made")
+Span = tuple[int, int] | tuple[float, float]
+"""The least and the largest value of a number in a name: a whole number, or one of at most three decimals."""
 MOST_WORKERS = 1024
 """Threads or processes at most: more of them no machine starts."""
 WIDEST = 2**20
@@ -115,10 +117,35 @@ def one_of(allowed: Collection[str], config: object, *fields: str) -> None:
         require(value in allowed, field, value, f"one of {', '.join(allowed)}{nearest_of(value, allowed)}")
 
 
-def nearest_of(value: Any, allowed: Iterable[str]) -> str:
-    """A hint in brackets at the name that was probably meant, or nothing."""
-    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.6)
-    return f" (the nearest is {close[0]})" if close else ""
+def nearest_of(value: Any, allowed: Iterable[str], form: str = " (the nearest is {})") -> str:
+    """A hint, of that form, at the name that was probably meant, or nothing."""
+    close = difflib.get_close_matches(str(value), list(allowed), n=1, cutoff=0.5)
+    return form.format(close[0]) if close else ""
+
+
+def read_name(name: str, what: str, forms: Mapping[str, Sequence[Span]]) -> tuple[str, list[Any]]:
+    """The form that a name has, and its numbers: capital letters of a form, as in `lora-R`, each with its span.
+
+    Raises InputError for a name of no form, and for all spellings of a number but one: two would be one thing twice.
+    """
+    for form, spans in forms.items():
+        if match := re.fullmatch(re.sub("[A-Z]", r"(-?\\d{1,300}(?:\\.\\d{0,300})?)", form), name):
+            numbers = [_nearest_in(span, float(text)) for span, text in zip(spans, match.groups(), strict=True)]
+            spelt = [str(number).removesuffix(".0") for number in numbers]
+            nearest = re.sub("[A-Z]", "{}", form).format(*spelt)
+            if nearest == name:
+                return form, numbers
+            told = zip(re.findall("[A-Z]", form), spans, strict=True)
+            rule = " and ".join(f"{letter} from {least} to {most}" for letter, (least, most) in told)
+            raise InputError(f"{shown(name)} is not {what}: the nearest is {nearest}, of {form} with {rule}.")
+    more = f" and {len(forms) - 12} more" if len(forms) > 12 else ""
+    known = ", ".join([*forms][:12]) + more
+    raise InputError(f"{shown(name)} is not {what}: write one of {known}{nearest_of(name, forms)}.")
+
+
+def _nearest_in(span: Span, number: float) -> int | float:
+    least, most = span
+    return type(least)(min(max(round(number, 0 if isinstance(least, int) else 3), least), most))
 
 
 def of_field(field: str, error: InputError) -> InputError:

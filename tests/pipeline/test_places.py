@@ -10,7 +10,8 @@ import pytest
 
 from tests.smoke import environment
 from trimtab.errors import InputError
-from trimtab.files import MARK
+from trimtab.marks import MARK
+from trimtab.pipeline.places import Places
 from trimtab.pipeline.records import read_record
 from trimtab.pipeline.run import run_notebook
 
@@ -19,6 +20,22 @@ from .conftest import make_notebook
 WRITE = (
     "from pathlib import Path\nfrom trimtab.files import atomic\nwith atomic(Path(out)) as p:\n    p.write_text(name)"
 )
+
+
+FOLDER = (
+    "from pathlib import Path\nfrom trimtab.files import atomic\n"
+    "with atomic(Path(out)) as p:\n    (p / 'deep').mkdir(parents=True)\n    (p / 'deep/a').write_text(name)"
+)
+PLAIN = (
+    "from pathlib import Path\n(Path(out) / 'deep').mkdir(parents=True)\n"
+    "(Path(out) / 'own').mkdir()\n(Path(out) / 'deep/a').write_text(name)"
+)
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    """As `tree`, with links and empty folders."""
+    found = {path.relative_to(folder).as_posix(): None for path in folder.rglob("*")}
+    return {name: None for name in found if not name.startswith("scratch")} | tree(folder)
 
 
 def tree(folder: Path) -> dict[str, bytes]:
@@ -38,7 +55,7 @@ def guarded(project: Path) -> Path:
     (project / "link").symlink_to(project.parent / "elsewhere/dir")
     (project / "up").symlink_to("..")
     nbformat.write(nbformat.v4.new_notebook(), project / "other.ipynb")
-    (project / "full.log").write_text("a diary", encoding="utf-8")
+    (project / "full.log").write_text("12:34:56 a diary", encoding="utf-8")
     (project / "folder.log").mkdir()
     return project
 
@@ -110,6 +127,77 @@ def test_a_folder_that_a_run_made_is_replaced_unless_somebody_put_something_ther
     with pytest.raises(InputError, match="data/toy holds mine, which no run made"):
         attempt(guarded, out="data/toy")
     assert (guarded / "data/toy/mine").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.parametrize("program", [FOLDER, PLAIN], ids=["atomic", "plain"])
+@pytest.mark.parametrize("change", ["edit", "empty folder", "linked folder", "replaced", "mark", "moved and linked"])
+def test_whatever_the_user_did_in_an_output_folder_is_kept(guarded, program, change):
+    make_notebook(guarded, program)
+    assert attempt(guarded, out="data/toy") == 0
+    folder = guarded / "data/toy"
+    match change:
+        case "edit":
+            (folder / "deep/a").write_text("mine", encoding="utf-8")
+        case "empty folder":
+            (folder / "deep/mine").mkdir()
+        case "linked folder":
+            (folder / "mine").symlink_to(guarded / "docs")
+        case "replaced":
+            (folder / "deep/a").unlink()
+            (folder / "deep/a").mkdir()
+        case "mark":
+            (folder / MARK).write_text("mine", encoding="utf-8")
+        case "moved and linked":
+            folder.rename(guarded / "docs/toy")
+            folder.symlink_to(guarded / "docs/toy")
+    before = everything(guarded)
+    with pytest.raises(InputError) as refusal:
+        attempt(guarded, out="data/toy")
+    assert "\n" not in str(refusal.value)
+    assert everything(guarded) == before
+
+
+def test_an_output_that_holds_a_linked_folder_fails_its_run(guarded):
+    make_notebook(guarded, PLAIN, "(Path(out) / 'linked').symlink_to(Path('docs').absolute())")
+    assert attempt(guarded, out="data/toy") == 1
+    assert "is a link to a folder" in str(read_record(guarded / "records/toy.ipynb"))
+    assert (guarded / "docs/page.md").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_record_that_somebody_wrote_into_is_kept(guarded):
+    assert attempt(guarded, out="out.txt") == 0
+    record = guarded / "records/toy.ipynb"
+    record.write_text(record.read_text(encoding="utf-8").replace("# A toy", "# My notes"), encoding="utf-8")
+    before = tree(guarded)
+    with pytest.raises(InputError, match=r"records/toy\.ipynb exists and is not as a run made it"):
+        attempt(guarded, out="out.txt")
+    assert tree(guarded) == before
+
+
+def test_what_one_record_has_claimed_no_other_replaces(guarded):
+    names = ["records/a/b.ipynb", "records/a-b.ipynb", "records/a/b-c.ipynb", "records/a-b/c.ipynb"]
+    claims = [Places(guarded, Path("toy.ipynb"), Path(name), {"out": Path("x")}) for name in names]
+    assert len({each.claim for each in claims}) == len(names)
+    claims[0].begin()  # and is killed
+    (guarded / "x").write_text("half", encoding="utf-8")
+    for other in claims[1:]:
+        with pytest.raises(InputError, match="x exists and was not made by this notebook"):
+            other.begin()
+    again = Places(guarded, Path("toy.ipynb"), Path("records/../records/a/b.ipynb"), {"out": Path("x")})
+    again.begin()
+    assert not (guarded / "x").exists()
+
+
+@pytest.mark.parametrize("name", ["n" * 300, "\u00fc" * 128, "n" * 300 + "/x", "a\0b", "\ud800"])
+def test_a_path_that_no_file_can_have_is_refused_in_one_sentence(guarded, name):
+    before = tree(guarded)
+    for given in ({"out": name}, {"out": f"data/{name}"}, {"out": "x", "record": f"records/{name}.ipynb"}):
+        with pytest.raises(InputError, match=r"is no path: it holds|is too long: |must hold no control") as refusal:
+            attempt(guarded, **given)
+        assert "\n" not in str(refusal.value)
+    with pytest.raises(InputError, match=r"is no path: it holds|\.\.\. is too long: "):
+        run_notebook(Path(name), Path("records/x.ipynb"), root=guarded, sections=[], settings={}, outputs={})
+    assert tree(guarded) == before
 
 
 def test_after_a_kill_the_next_run_replaces_what_was_left(guarded):

@@ -40,7 +40,8 @@ class Pair:
         (Path("a/b"), "a/b"), (pl.Series([1, 2]), [1, 2]), (pl.DataFrame({"a": [1]}), [{"a": 1}]),
         ({1: 2, (3, 4): 5, None: 6}, {"1": 2, "[3, 4]": 5, "None": 6}), ((1, (2,)), [1, [2]]), ({3, 1}, [1, 3]),
         (Decimal("0.5"), 0.5), (Fraction(1, 4), 0.25), (Colour.RED, 1), (Pair(1, 0.5), {"one": 1, "two": 0.5}),
-        (1 / 3, 0.333333), (10**30, 10**30), ("\ud800", "\ud800"),
+        (1 / 3, 0.333333), (10**30, 10**30), ("\ud800", "\\ud800"), ({"\ud800": 1}, {"\\ud800": 1}),
+        (np.longdouble(0.5), 0.5),
     ],
 )  # fmt: skip
 def test_numbers_of_every_library_become_plain_ones(value, expected):
@@ -52,7 +53,10 @@ def test_numbers_of_every_library_become_plain_ones(value, expected):
     json.dumps(found, allow_nan=False)
 
 
-@pytest.mark.parametrize("value", [float("nan"), np.float32("inf"), torch.tensor(float("-inf")), Decimal("NaN")])
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), np.float32("inf"), torch.tensor(float("-inf")), Decimal("NaN"), Decimal("sNaN"), np.float64("-inf")],
+)
 def test_what_is_not_finite_is_null_and_named(value):
     unbounded: list[str] = []
     assert plain({"sae": {"fvu": [1.0, value]}}, "metrics", unbounded) == {"sae": {"fvu": [1.0, None]}}
@@ -73,8 +77,19 @@ def test_two_keys_of_one_spelling_are_refused():
 def test_a_list_that_holds_itself_is_refused():
     endless: list = []
     endless.append(endless)
-    with pytest.raises(InputError, match="metrics"):
-        plain({"a": endless}, "metrics", [])
+    array = np.empty(1, dtype=object)
+    array[0] = array
+    mapping: dict = {}
+    mapping["x"] = mapping
+    for each in (endless, (1, endless), array, mapping):
+        with pytest.raises(InputError, match=r"metrics.* is nested too deeply, or holds itself"):
+            plain({"a": each}, "metrics", [])
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(2, device="meta"), torch.eye(2).to_sparse()])
+def test_a_tensor_whose_numbers_cannot_be_read_is_refused_by_name(tensor):
+    with pytest.raises(InputError, match=r"metrics\.a is Tensor, whose numbers cannot be read"):
+        plain({"a": tensor}, "metrics", [])
 
 
 leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary(max_size=3) | st.dates()

@@ -12,6 +12,7 @@ import pytest
 from trimtab.errors import InputError
 from trimtab.pipeline.records import read_record
 from trimtab.pipeline.run import run_notebook
+from trimtab.pipeline.terminal import LOG
 
 from .conftest import make_notebook
 
@@ -127,10 +128,10 @@ def test_leaving_early_is_a_failure(project, run):
 
 def test_a_log_linked_into_a_cache_is_replaced_and_not_written_through(project, run):
     (project / "records").mkdir()
-    (project / "cached").write_text("00:00:00 as cached", encoding="utf-8")
+    (project / "cached").write_text(f"{LOG}as cached", encoding="utf-8")
     (project / "records/toy.log").hardlink_to(project / "cached")
     assert run(WRITE)[0] == 0
-    assert (project / "cached").read_text(encoding="utf-8") == "00:00:00 as cached"
+    assert (project / "cached").read_text(encoding="utf-8") == f"{LOG}as cached"
 
 
 def test_provenance_is_of_the_commit_that_the_run_began_with(project):
@@ -194,9 +195,9 @@ def start(project, *cells) -> subprocess.Popen:
     process = subprocess.Popen(
         [sys.executable, "-c", code, *arguments],
         cwd=project,
-        preexec_fn=lambda: signal.signal(
-            signal.SIGHUP, signal.SIG_DFL
-        ),  # under nohup it would be ignored stderr=subprocess.PIPE, encoding="utf-8"
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # under nohup it would be ignored
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
     )
     deadline = time.monotonic() + 60
     while not (project / "pid").exists() or not (project / "pid").read_text(encoding="utf-8"):

@@ -165,6 +165,15 @@ def test_what_a_run_made_is_known_by_its_record_where_the_cache_is_lost(project)
     assert (found.state, found.reasons) == ("altered", ("data/toy is not what its run wrote",))
 
 
+def test_a_log_that_no_run_wrote_is_named_though_no_record_has_its_digest(project):
+    log = project / "records/toy.log"
+    written = log.read_bytes()
+    log.unlink()
+    log.write_bytes(written + b"12:00:00 all is well\n")
+    (found,) = conditions(project)
+    assert (found.state, found.reasons) == ("altered", ("records/toy.log is not what its run wrote",))
+
+
 def flip(path: Path) -> None:
     """One bit, in place, with the file's times and size as they were."""
     status, mode = path.stat(), path.stat().st_mode

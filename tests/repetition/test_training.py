@@ -67,6 +67,12 @@ def test_an_arm_that_is_none_is_refused(name):
         Arm(name)
 
 
+@pytest.mark.parametrize("rank", ["08", "8.0", "\u0668"])
+def test_a_rank_has_one_spelling(rank):
+    with pytest.raises(InputError, match="is not an arm: the nearest is implicit-lora-8, of implicit-lora-R with R"):
+        Arm(f"implicit-lora-{rank}")
+
+
 def test_what_each_arm_trains(model_folder, tiny_llama):
     size = sum(parameter.numel() for parameter in tiny_llama.parameters())
     for name, wanted in [("implicit", size), ("implicit-shuffled", size), ("implicit-steering", 3 * 16)]:

@@ -253,6 +253,25 @@ class TestAdvantages:
         for centred in (adv.rloo, adv.grpo, adv.grpo_no_std):
             assert not centred(self.rewards)[1].any()
 
+    @pytest.mark.parametrize("name", adv.ESTIMATORS)
+    @pytest.mark.parametrize("value", [0.35, 0.1, 1 / 3, -7.3, 1e8, 1e-30])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_equal_rewards_have_no_advantage_to_the_bit(self, name, value, dtype):
+        for baseline in (0.0, 0.2, value):
+            assert not adv.ESTIMATORS[name](torch.full((3, 7), value, dtype=dtype), baseline).any()
+
+    @pytest.mark.parametrize("name", adv.ESTIMATORS)
+    @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+    def test_a_completion_that_nobody_could_judge_is_left_out(self, name, value):
+        """The others are compared as if it had not been drawn; a group with one judge's word teaches nothing."""
+        rewards = torch.tensor([[1.0, value, 0.25, 0.0], [value, 0.5, 0.5, 0.5], [value, value, value, 1.0]])
+        found = adv.ESTIMATORS[name](rewards, 0.125)
+        assert found.isfinite().all()
+        assert not found[~rewards.isfinite()].any()
+        torch.testing.assert_close(found[0, [0, 2, 3]], adv.ESTIMATORS[name](rewards[:1, [0, 2, 3]], 0.125)[0])
+        if "reinforce" not in name:
+            assert not found[1:].any()
+
     @pytest.mark.parametrize("k", [1, 2, 4])
     def test_pass_at_k_is_the_mean_over_subsets(self, k):
         for row, found in zip(self.rewards, adv.pass_at_k(self.rewards, k), strict=True):

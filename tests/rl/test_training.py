@@ -8,6 +8,7 @@ import torch
 from trimtab.errors import InputError
 from trimtab.pretrained import load_model
 from trimtab.rl import training
+from trimtab.rl.advantages import ESTIMATORS
 from trimtab.rl.config import RLConfig
 from trimtab.rl.evaluation import answers, summary
 from trimtab.rl.rollouts import rollout
@@ -99,7 +100,7 @@ def test_killed_and_resumed_it_ends_with_the_same_bits(name, model_folder, tmp_p
 
     with pytest.raises(KeyboardInterrupt):
         trained(name, model_folder, 0.05, reward=interrupted, checkpoint=tmp_path / "c")
-    resumed, again = trained(name, model_folder, 0.05, checkpoint=tmp_path / "c")
+    resumed, again = trained(name, model_folder, 0.05, reward=interrupted, checkpoint=tmp_path / "c")
     timeless = {"rollout_s": 0.0, "update_s": 0.0}
     assert [replace(u, **timeless) for u in again] == [replace(u, **timeless) for u in history]
     for one, other in zip(whole.policy.trained.values(), resumed.policy.trained.values(), strict=True):
@@ -111,6 +112,68 @@ def test_another_run_ignores_the_checkpoint(model_folder, tmp_path):
     _, history = trained("steering", model_folder, 0.05, checkpoint=tmp_path / "c", identity="another task")
     assert len(history) == CONFIG.updates
     assert history[0].rollout_s > 0
+
+
+ESTIMATES = [(name, {"estimator": name}) for name in ESTIMATORS] + [("rloo", {"steps_per_batch": 2})]
+
+
+@pytest.mark.parametrize(("name", "options"), ESTIMATES)
+def test_equal_rewards_move_nothing_even_after_others(name, options, model_folder, tmp_path, monkeypatch):
+    """Neither rounding nor momentum: six updates that teach, then six that do not, resumed where they begin."""
+    monkeypatch.setattr(training, "SAVE_EVERY", 0.0)
+    config, kept = replace(CONFIG, **options), {"checkpoint": tmp_path / "c"}
+    still, _ = trained("steering", model_folder, 0.3, config, lambda _, drawn: torch.full((3, 6), 0.35))
+    assert not any(parameter.any() for parameter in still.policy.trained.values())
+    calls = []
+
+    def fading(chosen, drawn):
+        calls.append(chosen)
+        return wanted(chosen, drawn) if len(calls) <= 6 else torch.full((3, 6), 0.35)
+
+    half, _ = trained("steering", model_folder, 0.05, config, fading, until=6, **kept)
+    whole, history = trained("steering", model_folder, 0.05, config, fading, **kept)
+    assert half.policy.trained["weight"].any()
+    assert torch.equal(half.policy.trained["weight"], whole.policy.trained["weight"])
+    assert [update.informative for update in history[6:]] == [0.0] * 6
+
+
+def test_rewards_that_are_no_numbers_are_left_out_and_counted(model_folder):
+    def odd(_, drawn):
+        rewards = wanted(_, drawn)
+        rewards[0, 0], rewards[1, 2], rewards[2, :] = torch.nan, torch.inf, torch.nan
+        return rewards
+
+    made, history = trained("steering", model_folder, 0.3, reward=odd)
+    assert made.policy.trained["weight"].isfinite().all()
+    assert made.policy.trained["weight"].any()
+    assert {update.unjudged for update in history} == {8}
+    assert all(0 <= update.reward <= 1 for update in history)
+    none, history = trained("steering", model_folder, 0.3, reward=lambda _, drawn: torch.full((3, 6), torch.nan))
+    assert not none.policy.trained["weight"].any()
+    assert history[-1].unjudged == 18
+
+
+FORMS = {
+    "lists": lambda r: r.tolist(), "integers": lambda r: r.long(), "booleans": lambda r: r.bool(),
+    "an array": lambda r: r.numpy(), "fp64": lambda r: r.double(), "bf16": lambda r: r.bfloat16(),
+    "with a gradient": lambda r: r.requires_grad_(), "lists of tensors": lambda r: [list(row.tolist()) for row in r],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rewards_may_come_in_any_form(form, model_folder):
+    config = replace(CONFIG, updates=2)
+    expected, _ = trained("steering", model_folder, 0.3, config)
+    found, _ = trained("steering", model_folder, 0.3, config, lambda _, drawn: FORMS[form](wanted(_, drawn)))
+    assert torch.equal(expected.policy.trained["weight"], found.policy.trained["weight"])
+
+
+@pytest.mark.parametrize(
+    "given", [None, 1.0, [1.0] * 3, [[1.0] * 5] * 3, [[1.0] * 6] * 2, [["a"] * 6] * 3, [[1.0], [1.0, 2.0]], "0"]
+)
+def test_rewards_of_another_shape_are_refused(given, model_folder):
+    with pytest.raises(InputError, match=r"must return a number for each of \[3, 6\] completions"):
+        trained("steering", model_folder, 0.3, reward=lambda *_: given)
 
 
 def test_full_tuning_in_bf16_keeps_small_updates(model_folder):
@@ -139,6 +202,12 @@ def test_the_same_seed_draws_the_same_for_any_arm(model_folder):
 @pytest.mark.parametrize("name", ["", "steer", "lora", "lora-x", "full-1", "steering-layer"])
 def test_a_name_that_is_no_arm_is_refused(name):
     with pytest.raises(InputError, match="is not an arm"):
+        Arm(name)
+
+
+@pytest.mark.parametrize("name", ["steering-layer03", "steering-layer\u0663", "steering-layer3.0"])
+def test_a_layer_has_one_spelling(name):
+    with pytest.raises(InputError, match="is not an arm: the nearest is steering-layer3, of steering-layerN with N"):
         Arm(name)
 
 

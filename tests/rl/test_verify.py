@@ -14,7 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trimtab.rl import verify
+from trimtab.rl.numerals import numeral
 from trimtab.rl.verify import GUARD, boxed, exact, last_box, last_number, scorer
+
+from .judged import BOXED, LAST_NUMBER
 
 HANG_S = 60
 """Far more than a hostile completion may cost, on a machine however busy."""
@@ -43,15 +46,8 @@ def test_exact(completion, answer, expected):
     assert exact(completion, answer) == expected
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer", "expected"),
-    [
-        ("4 + 5 = 9", "9", 1), ("The answer is 9.", "9", 1), ("9.0 apples", "9", 1), ("$1,234!", "1234", 1),
-        ("so -3", "-3", 1), ("9-3", "3", 1), ("9-3", "-3", 0), ("9, no, 10", "9", 0), ("none", "9", 0), ("", "9", 0),
-        ("Sorted: [3, 7, 12]", "3, 7, 12", 1), ("3, 12, 7", "3, 7, 12", 0), ("12", "3, 7, 12", 0), ("word", "word", 0),
-    ],
-)  # fmt: skip
-def test_last_number_is_lenient(completion, answer, expected):
+@pytest.mark.parametrize(("completion", "answer", "expected"), LAST_NUMBER)
+def test_last_number(completion, answer, expected):
     assert last_number(completion, answer) == expected
 
 
@@ -60,7 +56,10 @@ def test_last_number_is_lenient(completion, answer, expected):
     [
         (r"\boxed{5}", "5"), (r"\boxed{6} or \boxed{ 5 } .", "5"), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
         (r"\boxed{\{1, 2\}}", r"\{1, 2\}"), (r"\boxed{\}}", r"\}"), (r"\boxed{\boxed{5}}", "5"), (r"\boxed{}", ""),
-        (r"\boxed{5} and \boxed{6", None), (r"\boxed 5", None), (r"\boxed{5\}", None), ("5", None), ("", None),
+        (r"\boxed{5} and \boxed{6", None), (r"\boxed{5\}", None),
+        (r"\boxed {5}", "5"), (r"\boxed 5", "5"), ("\\boxed\n{5}", "5"), (r"\fbox{5}", "5"), (r"\boxed 5.", "5"),
+        (r"$\boxed{5}$", "5"), (r"\boxed5", "5"), (r"$\boxed 5$", "5"), (r"\boxed{5", None), (r"\boxed", None),
+        ("5", None), ("", None),
         (r"\boxed{" + "5" * 500 + "}", "5" * 500), (r"\boxed{" + "5" * 501 + "}", None),
     ],
 )  # fmt: skip
@@ -68,21 +67,30 @@ def test_the_last_box(text, expected):
     assert last_box(text) == expected
 
 
-@pytest.mark.parametrize(
-    ("box", "answer", "expected"),
-    [
-        ("5", "5", 1), ("5.", "5", 1), ("$5$", "5", 1), ("x = 5", "5", 1), (r"5 \text{ apples}", "5", 1),
-        ("5.0", "5", 1),
-        ("1/2", r"\frac{1}{2}", 1), ("0.5", r"\frac12", 1), (r"\sqrt{18}", r"3\sqrt{2}", 1), ("1+x", "x+1", 1),
-        ("1,234", "1234", 1), (r"\text{Sunday}", "Sunday", 1), ("(1, 2)", "(1,2)", 1), ("2, 1", "1,2", 1),
-        ("6", "5", 0), ("", "5", 0), ("5, 6", "5", 0), (r"5 \text{ or } 6", "5", 0), (r"\{4, 5, 6\}", "5", 0),
-        ("4; 5; 6", "5", 0), (r"\pm 5", "5", 0), ("4 < 5", "5", 0), (r"\text{any number}", "5", 0), ("x", "5", 0),
-        (r"(-\infty, \infty)", "5", 0), ("0.33", r"\frac{1}{3}", 0), ("[1, 2]", "(1,2)", 0), ("2, 1", "(1,2)", 0),
-        (r"\begin{", "5", 0), (r"\frac{1}", "5", 0), (r"\nothing{5}", "5", 0), ("\x00", "5", 0), ("\ud800", "5", 0),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("box", "answer", "expected"), BOXED)
 def test_boxed(box, answer, expected):
     assert boxed(f"So it must be\n\\boxed{{{box}}}. Done.", answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"), [pair for pair in BOXED if numeral(pair[0]) and numeral(pair[1])]
+)
+def test_numbers_are_compared_alike_both_ways_round(one, other, expected):
+    assert boxed(f"\\boxed{{{other}}}", one) == expected
+
+
+@pytest.mark.parametrize(
+    ("box", "answer", "question", "expected"),
+    [
+        ("(x+1)^2", "x^2+2x+1", "Expand $(x + 1)^2$.", 0), ("x^2+2x+1", "x^2+2x+1", "Expand $(x + 1)^2$.", 1),
+        (r"\sqrt{18}", r"3\sqrt{2}", r"Simplify $\sqrt{18}$.", 0),
+        (r"3\sqrt2", r"3\sqrt{2}", r"Simplify $\sqrt{18}$.", 1),
+        ("7+9", "16", "What is 7+9?", 0), ("16", "16", "What is 7+9?", 1), ("x", "x", "What is x?", 1),
+        ("x+1", "x+1", "Which is larger, x+1 or x?", 1), (r"\frac{x}{2}", r"\frac{x}{2}", "Halve x.", 1),
+    ],
+)  # fmt: skip
+def test_a_copy_of_the_question_earns_nothing_unless_it_is_the_answer(box, answer, question, expected):
+    assert boxed(f"\\boxed{{{box}}}", answer, question) == expected
 
 
 def test_boxed_wants_a_box_and_takes_the_last():
@@ -198,7 +206,7 @@ class TestGuard:
         """A script without a main guard is run again by its own worker."""
         script = tmp_path / "script.py"
         script.write_text(
-            "from trimtab.rl.verify import boxed\nprint(boxed(r'\\boxed{0.5}', '1/2'))\n", encoding="utf-8"
+            "from trimtab.rl.verify import boxed\nprint(boxed(r'\\boxed{2x}', 'x+x'))\n", encoding="utf-8"
         )
         done = subprocess.run(
             [sys.executable, script], capture_output=True, encoding="utf-8", check=False, timeout=5 * HANG_S
@@ -216,7 +224,7 @@ class TestGuard:
 def test_no_text_raises_or_earns_a_fraction(completion, answer):
     for verifier in (exact, last_number):
         assert verifier(completion, answer) in (0.0, 1.0)
-    assert last_box(completion) is None or "\\boxed{" in completion
+    assert last_box(completion) is None or "box" in completion
 
 
 PIECES = [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
-from trimtab.files import MARK
+from trimtab.marks import MARK
 from trimtab.sae import SAE
 from trimtab.sae.exchange import export_saelens, import_dictionary_learning, import_saelens, import_sparsify
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trimtab.errors import InputError
-from trimtab.files import MARK
+from trimtab.marks import MARK
 from trimtab.sae import SAE, Latents
 
 

@@ -162,7 +162,10 @@ def test_jumprelu_loss_is_reconstruction_plus_the_penalty_on_l0():
     ("name", "says"),
     [
         ("topk", "is not an arm"),
-        ("topk-0", "is not an arm"),
+        ("topk-0", "is not an arm: the nearest is topk-1, of topk-K with K from 1 to"),
+        ("topk-08", "the nearest is topk-8,"),
+        ("topk-8.0", "the nearest is topk-8,"),
+        ("topk-\u0668", "the nearest is topk-8,"),
         ("relu-4", "hierarchical-pow2-K"),
         ("multitopk-6", "multiple of 4"),
     ],

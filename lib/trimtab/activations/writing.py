@@ -15,6 +15,7 @@ from trimtab.activations.reading import CHUNK, ActivationCache, SiteStatistics
 from trimtab.checkpoint import file_sha256, fingerprint, load_tensors, read_json, save_tensors, write_json
 from trimtab.corpus import Batch, Blocks
 from trimtab.errors import InputError
+from trimtab.files import check_path
 from trimtab.interventions import capture, device_of
 from trimtab.validation import at_least, listed, one_of, require
 
@@ -75,11 +76,15 @@ def write_cache(
         **identity, "blocks": blocks.digest, "config": asdict(config), "dtype": "bfloat16", "format": FORMAT,
     }  # fmt: skip
     mark = fingerprint(complete_identity)
+    check_path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: name a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "manifest.json").exists():
-        manifest = read_json(folder / "manifest.json")
-        _refuse_foreign(folder, manifest["fingerprint"], mark)
-        (folder / "journal.json").unlink(missing_ok=True)  # where the last call was killed just before its end
+        manifest = _of_this(folder / "manifest.json", mark)
+        if (folder / "journal.json").exists():  # where the last call was killed just before its end
+            _of_this(folder / "journal.json", mark)
+            (folder / "journal.json").unlink()
         return manifest
     done = _resume(folder, mark)
     device = device_of(wrapped)
@@ -130,9 +135,7 @@ def _resume(folder: Path, mark: str) -> list[dict[str, Any]]:
     journal = folder / "journal.json"
     done: list[dict[str, Any]] = []
     if journal.exists():
-        saved = read_json(journal)
-        _refuse_foreign(folder, saved["fingerprint"], mark)
-        done = saved["shards"]
+        done = _of_this(journal, mark)["shards"]
         for shard in done:
             if not (folder / shard["name"]).is_file() or file_sha256(folder / shard["name"]) != shard["sha256"]:
                 raise InputError(f"{folder / shard['name']} is damaged or missing: delete {folder} and run again.")
@@ -143,9 +146,14 @@ def _resume(folder: Path, mark: str) -> list[dict[str, Any]]:
     return done
 
 
-def _refuse_foreign(folder: Path, found: str, mark: str) -> None:
-    if found != mark:
-        raise InputError(f"{folder} holds activations of another model, text or configuration: delete it first.")
+def _of_this(path: Path, mark: str) -> dict[str, Any]:
+    """A manifest or journal. Raises InputError where it is of another capture, or of none."""
+    found = read_json(path)
+    if not isinstance(found, dict) or "fingerprint" not in found:
+        raise InputError(f"{path} is of no capture: name another folder, or move it away.")
+    if found["fingerprint"] != mark:
+        raise InputError(f"{path.parent} holds activations of another model, text or configuration: delete it first.")
+    return found
 
 
 def _finish(

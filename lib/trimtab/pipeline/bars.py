@@ -1,33 +1,33 @@
 """Progress bars in what a cell prints: tqdm's are told apart from everything else, in time linear in the text.
 
-Their rates and times differ from run to run, so no record keeps them. What tqdm draws always begins on a fresh line or
-behind a carriage return, and ends with a bracket that holds a clock and a rate; all else is a diagnostic, and stays.
+Their rates and times differ from run to run, so no record keeps them. A bar begins on a fresh line or behind a carriage
+return, and is one only where all of it is as tqdm writes it; all else is a diagnostic, and stays.
 """
 
 import re
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_COLOUR = r"(?:\x1b\[[\d;]{0,16}m)?"
 _CLOCK = r"-?(?:\d{1,9}:)?\d\d:\d\d"
-_RATE = r" {0,12}(?:\?|-?\d[\d.]{0,15})[^\[\],\r\n]{0,40}?/[^\[\],\r\n]{1,40}(?=[\],]|\Z)"
-_OF_TOTAL = re.compile(rf"(?P<before>[|%]) [^\s/|]{{1,24}}/[^\s/|]{{1,24}} \[{_CLOCK}<(?:{_CLOCK}|\?),{_RATE}")
-"""`| 137/399 [00:34<01:06, 3950.47token/s`, as it stands behind the drawing, or the per cent where nothing is drawn."""
-_OF_COUNT = re.compile(rf" \[{_CLOCK},{_RATE}")
-"""` [00:01, 2.95chunk/s`, where no total is known."""
-_COUNT = re.compile(r"(?:\A|: )\d[\d.]{0,20}\D?[^\[\]]{0,40}\Z")
-_CUT = re.compile(
-    r"(?:[^|]{0,200}: )?(?:"
-    r"[ ]{0,2}\d{1,9}%\|[^|]{1,400}(?:\|[ ]?[\d.?kMGT]{0,24}(?:/[\d.?kMGT]{0,24}(?:[ ](?:\[[\d:]{0,12}(?:<[\d:?]{0,12}"
-    r"(?:,[^\]]{0,80})?)?)?)?)?)?"
-    r"|\d[\d.]{0,20}[^\d\[\]][^\[\]]{0,40}[ ]\[[\d:]{0,12}(?:,[ ]{0,8}(?:[\d.?]{1,16}[ ]?[^\s,\]]{0,40})?)?"
-    r")\Z"
+_N = r"-?\d[\d.e+-]{0,24}[kMGTPEZY]?"
+_RATE = r"(?:\?| ?-?\d{1,24}\.\d\d|-?\d(?:\.?\d){2,9}[kMGTPEZY]?)"
+_UNIT = r"[^\[\]/\r\n]{0,40}?"
+_PLAIN = r"[^\[\]\r\n]*+"
+_NESTED = rf"{_PLAIN}(?:\[{_PLAIN}\]{_PLAIN})*+"
+_END = rf"(?:, {_PLAIN}(?:\[{_NESTED}\]{_PLAIN})*+)?\]"
+"""What was given as postfix, which may hold lists, and the bracket's end."""
+_BAR = re.compile(
+    rf"(?:[^\r\n]{{0,200}}?: )??(?: {{0,2}}\d{{1,9}}%(?:\|{_COLOUR}(?P<drawn>[^|\x1b\r\n]{{1,400}}+){_COLOUR}\|)?"
+    rf" {_N}/{_N}(?: \[{_CLOCK}<(?:{_CLOCK}|\?), {_RATE}(?:{_UNIT}/s|s/{_UNIT}){_END}"
+    # Cut short to a width that was given.
+    rf"|(?(drawn)(?: \[[\d:?<-]{{0,24}}(?:, [^\[\]\r\n]{{0,400}})?| ?)(?:\x1b\[0m)?\Z|(?!)))"
+    rf"|{_N}(?P<unit>{_UNIT}) \[{_CLOCK}, {_RATE}(?:(?P=unit)/s|s/(?P=unit)){_END})(?:\x1b\[0?m)?"
 )
-"""A bar whose end did not fit into the width that was asked for."""
-_RESET = re.compile(r"(?:\x1b\[0?m)?")
+"""`loop:  34%|███▍  | 137/399 [00:34<01:06,  3.95token/s, loss=0.3]`, or where no total is known
+`loop: 3chunk [00:01,  2.95chunk/s]`."""
 _CLEARED = re.compile(r" ++\Z| *+(?=\x1b\[A)")
 """In place of a nested bar that is not left; how many blanks depends on its rate."""
 _UP_AND_DOWN = re.compile(r"(?<!\n)(\n++)((?:\x1b\[A)++)")
-_LONGEST = 4_000
-"""Characters of a drawing, and of what stands behind the rate."""
 
 
 def without_bars(text: str, *, fresh: bool = True) -> tuple[str, list[str]]:
@@ -38,13 +38,9 @@ def without_bars(text: str, *, fresh: bool = True) -> tuple[str, list[str]]:
     bars: list[str] = []
     lines = []
     for line in re.sub(r"\r{2,}", "\r", text).split("\n"):
-        if "\r" not in line and "%" not in line:
-            lines.append(line)
-            continue
         kept = ""
         for number, segment in enumerate(line.split("\r")):
-            if end := _end_of_bar(segment, returned=number > 0, fresh=fresh):
-                end += len(_RESET.match(segment, end)[0])  # type: ignore[index]
+            if end := _end_of_bar(segment) if number or fresh else 0:
                 bars.append(segment[:end])
                 segment = segment[end:].lstrip(" ")
             cleared = _CLEARED.match(segment) if number else None
@@ -60,53 +56,15 @@ def settled(text: str) -> str:
     """What stays of lines that carriage returns overwrite: what was last written on each."""
     if "\r" not in text:
         return text
-    return "\n".join(_last(line) for line in re.sub(r"\r{2,}", "\r", text).replace("\r\n", "\n").split("\n"))
+    lines = re.sub(r"\r{2,}", "\r", text).replace("\r\n", "\n").split("\n")
+    return "\n".join(next(filter(None, reversed(line.split("\r"))), "") for line in lines)
 
 
-def _last(line: str) -> str:
-    kept, *later = line.split("\r")
-    for written in later:
-        if written:
-            kept = "" if written.isspace() else written
-    return kept
-
-
-def _end_of_bar(segment: str, *, returned: bool, fresh: bool) -> int:
+def _end_of_bar(segment: str) -> int:
     """How many characters of a segment are a bar that it begins with; 0: none."""
-    if "[" not in segment and "%|" not in segment:
-        return 0
-    if (returned or fresh) and (found := _OF_TOTAL.search(segment)) and _leads(segment, found):
-        return _closed(segment, found.end())
-    if not returned:  # the forms below might be anybody's
-        return 0
-    if (found := _OF_COUNT.search(segment)) and _COUNT.search(segment[: found.start()][-100:]):
-        before = segment[: found.start()]
-        if len(before) <= 100 or ": " in before[-100:]:
-            return _closed(segment, found.end())
-    return len(segment) if len(segment) <= _LONGEST and _CUT.match(ANSI.sub("", segment)) else 0
-
-
-def _leads(segment: str, core: re.Match[str]) -> bool:
-    """Whether what stands before n/total is a description, a per cent and a drawing."""
-    end = core.start()
-    if core["before"] == "|":
-        end = segment.rfind("%|", max(0, end - _LONGEST), end)
-    number = re.search(r"\d{1,9}\Z", segment[max(0, end - 9) : max(0, end)])
-    if number is None:
-        return False
-    described = segment[: end - len(number[0])].rstrip(" ")
-    return not described or described.endswith(":")
-
-
-def _closed(segment: str, start: int) -> int:
-    """The end of a bracket that is open at `start`, which may hold others; where none closes it, of the segment."""
-    depth = 1
-    for place in range(start, min(len(segment), start + _LONGEST)):
-        depth += (segment[place] == "[") - (segment[place] == "]")
-        if not depth:
-            return place + 1
-    first = segment.find("]", start, start + _LONGEST)
-    return first + 1 if first >= 0 else len(segment)
+    found = _BAR.match(segment) if "[" in segment or "%|" in segment else None
+    # A drawing has a full, a partial and a blank character.
+    return found.end() if found and len(set(found["drawn"] or "")) <= 3 else 0
 
 
 def _level(moves: re.Match[str]) -> str:

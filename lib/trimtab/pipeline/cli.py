@@ -28,8 +28,6 @@ def run(
     cell_timeout: Annotated[int | None, typer.Option(help="Seconds that one cell may take.")] = None,
 ) -> None:
     """Execute a notebook with sections of params.yaml, and keep it as a record."""
-    # nbformat's validator would build a grammar of IRIs, which takes a second and serves no notebook.
-    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     from trimtab.pipeline.parameters import literal, pairs
     from trimtab.pipeline.run import run_notebook
 
@@ -107,7 +105,7 @@ def compose(
 
 @app.command()
 def copy(
-    target: Annotated[Path, typer.Argument(help="Folder to make; replaced when it exists.")],
+    target: Annotated[Path, typer.Argument(help="Folder to make; an earlier copy is brought up to date.")],
     scale: Annotated[str, typer.Option(help="smoke | laptop | gpu | paper.")] = "smoke",
 ) -> None:
     """Copy the working tree to a repository of its own, at another scale."""

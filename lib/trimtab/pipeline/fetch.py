@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from trimtab.embeddings import fetch_encoder
 from trimtab.errors import InputError
-from trimtab.files import atomic, foreign_files
+from trimtab.files import atomic
+from trimtab.marks import foreign_files
 from trimtab.packages import RECIPES
 from trimtab.pipeline.inputs import refuse_links
 from trimtab.pipeline.parameters import Declared, configure, fit

@@ -1,34 +1,37 @@
 """Where a run may write: inside the project, beside nothing of the user's, and over nothing that it did not make."""
 
 import os
-import re
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 
 from trimtab.errors import InputError
-from trimtab.files import exclusive, foreign_files, own_files, read_json, remove, tree_sha256, write_json
-from trimtab.pipeline.records import read_record
+from trimtab.files import check_path, exclusive, fingerprint, read_json, remove, tree_sha256, write_json
+from trimtab.marks import foreign_files, own_files
+from trimtab.pipeline.records import is_altered, read_record
+from trimtab.pipeline.terminal import LOG
 
 CLAIMS = Path("scratch/runs")
 """Under the root: what a run that has begun and not ended is making, so that after a `kill -9` the next may replace it.
 Locks lie beside."""
 SOURCES = ("dvc.yaml", "dvc.lock", "params.yaml", "conf", "lib", "tests", "benchmarks", "notebooks", ".git", ".dvc")
-_LOG = re.compile(r"\d\d:\d\d:\d\d ")
 
 
 class Places:
     """The record and the outputs of one run, by which it claims them. Paths are relative to `root`."""
 
     def __init__(self, root: Path, notebook: Path, record: Path, outputs: Mapping[str, Path]) -> None:
-        """Raises InputError where one of them lies outside the root, holds or is a source, or holds another of them."""
+        """Raises InputError where one of them lies outside the root, holds or is a source, or holds another of them,
+        and for a path that no file can have."""
+        for path in (record, *outputs.values()):
+            check_path(path)
         if record.suffix != ".ipynb":
             raise InputError(f"The record {str(record)!r} is no notebook: give a path that ends in .ipynb.")
-        self.root, self.record = root.absolute(), record
-        self.log = record.with_suffix(".log")
+        self.root, self.record = root.absolute(), Path(os.path.normpath(record))
+        self.log = self.record.with_suffix(".log")
         self.outputs = dict(outputs)
-        self.claim = self.root / CLAIMS / f"{'-'.join(record.with_suffix('').parts)}.json"
+        self.claim = self.root / CLAIMS / f"{fingerprint(str(self.record))[:16]}.json"
         named = {f"output `{name}`": path for name, path in outputs.items()}
         named |= {"record": record, "log": self.log}
         sources = [notebook, *map(Path, SOURCES), *self.root.glob("*.md")]
@@ -46,14 +49,15 @@ class Places:
 
     def alone(self) -> AbstractContextManager[None]:
         """Hold all of them against other runs; see `files.exclusive`."""
-        names = [self.record, self.log, *self.outputs.values()]
-        return exclusive([Path(os.path.normpath(each)) for each in names], self.root / CLAIMS)
+        names = [self.record, self.log, *(Path(os.path.normpath(each)) for each in self.outputs.values())]
+        return exclusive(names, self.root / CLAIMS)
 
     def begin(self) -> None:
         """Claim the outputs, and remove what an earlier run left of record and outputs. Raises InputError, and touches
         nothing, where one of them is there and was not made by a run of this record."""
         self._refuse_foreign()
-        write_json(self.claim, sorted(map(str, self.outputs.values())))
+        claimed = {"record": str(self.record), "outputs": sorted(map(str, self.outputs.values()))}
+        write_json(self.claim, claimed)
         remove(self.root / self.record)
         self.discard()
 
@@ -83,23 +87,28 @@ class Places:
         made: Mapping[str, str] = {}
         if os.path.lexists(record):
             try:
-                held = read_record(record).metadata["trimtab"].get("outputs", {})
-                made = {each["path"]: each["sha256"] for each in held.values()}
+                held = read_record(record)
+                made = {each["path"]: each["sha256"] for each in held.metadata["trimtab"].get("outputs", {}).values()}
+                as_made = not is_altered(held)
             except InputError:
-                if self._declared is None:
-                    raise InputError(
-                        f"{self.record} exists and is no record that can be read: name another, or remove it first."
-                    ) from None
+                as_made = False
+            if not as_made and self._declared is None:
+                raise InputError(f"{self.record} exists and is not as a run made it: name another, or remove it first.")
         if (self.root / self.log).is_dir() or not (_is_log(self.root / self.log) or self._declared is not None):
             raise InputError(f"{self.log} exists and is no log of a run: name another record, or remove it first.")
-        claimed = read_json(self.claim) if self.claim.is_file() else []
+        claim = read_json(self.claim) if self.claim.is_file() else {}
+        claimed = claim["outputs"] if claim.get("record") == str(self.record) else []
         for path in self.outputs.values():
             place = self.root / path
-            if not os.path.lexists(place) or str(path) in claimed or path.as_posix() in (self._declared or ()):
+            if not os.path.lexists(place) or str(path) in claimed:
                 continue
+            if place.is_dir() and place.is_symlink():
+                raise InputError(f"{path} is a link to a folder, which a run would replace: name another output.")
             if place.is_dir() and (own_files(place) or not any(place.iterdir())):
                 if foreign := foreign_files(place):
-                    raise InputError(f"{path} holds {foreign[0]}, which no run made: name another output.")
+                    raise InputError(f"{path} holds {foreign[0]}, which no run made as it is: name another output.")
+                continue
+            if path.as_posix() in (self._declared or ()):
                 continue
             if str(path) not in made or made[str(path)] != tree_sha256(place):
                 raise InputError(f"{path} exists and was not made by this notebook: name another, or remove it first.")
@@ -126,6 +135,5 @@ def _is_log(path: Path) -> bool:
     """Whether a log may be written there: nothing is there, or a log of an earlier run."""
     if not os.path.lexists(path):
         return True
-    with path.open(encoding="utf-8", errors="replace") as file:
-        start = file.read(9)
-    return not start or bool(_LOG.match(start))
+    with path.open("rb") as file:
+        return file.read(len(LOG)) in (b"", LOG.encode())

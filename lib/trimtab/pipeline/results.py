@@ -6,16 +6,19 @@ import math
 from collections.abc import Mapping
 from decimal import Decimal
 from enum import Enum
-from fractions import Fraction
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
+from trimtab.pipeline.normalising import plain_text
 
 PROGRESS = "TRIMTAB_PROGRESS"
 """Environment variable, set by the runner: the file to which a notebook appends the folders that hold its progress."""
 DEEPEST = 40
 """Levels of nesting: a list that holds itself has no end."""
+LONGEST = 1024
+"""Bits of a whole number that parsers take; a longer one counts as infinite."""
 
 
 def plain(value: Any, name: str, unbounded: list[str], depth: int = 0) -> Any:
@@ -33,26 +36,32 @@ def plain(value: Any, name: str, unbounded: list[str], depth: int = 0) -> Any:
         case None | bool():
             return value
         case str():
-            return str(value)
-        case int():
+            return plain_text(value)
+        case Integral() if int(value).bit_length() <= LONGEST:
             return int(value)
-        case float() | Decimal() | Fraction():
+        case Real() | Decimal():
             return _rounded(_as_float(value), name, unbounded)
         case Path():
-            return value.as_posix()
+            return plain_text(value.as_posix())
         case Mapping():
             return _mapping(value, name, unbounded, depth + 1)
         case set() | frozenset():
-            return plain(sorted(value, key=lambda each: (str(type(each)), str(each))), name, unbounded, depth)
+            items = [plain(item, f"an item of {name}", unbounded, depth + 1) for item in value]
+            return sorted(items, key=lambda each: (str(type(each)), str(each)))
         case list() | tuple():
             return [plain(item, f"{name}[{place}]", unbounded, depth + 1) for place, item in enumerate(value)]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return plain(
-            {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, name, unbounded, depth
-        )
+        fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+        return plain(fields, name, unbounded, depth + 1)
     for convert in ("tolist", "to_list", "to_dicts"):  # of numpy and torch, of polars' series, of its frames
         if callable(method := getattr(value, convert, None)) and not isinstance(value, type):
-            return plain(method(), name, unbounded, depth)
+            try:
+                held = method()
+            except Exception as error:  # of each library its own: of a tensor without data, say, or a sparse one
+                raise InputError(
+                    f"{name} is {type(value).__name__}, whose numbers cannot be read: give plain numbers."
+                ) from error
+            return plain(held, name, unbounded, depth + 1)
     raise InputError(f"{name} is {type(value).__name__}, which is no result: give numbers, text, lists or mappings.")
 
 
@@ -71,6 +80,8 @@ def _as_float(value: Any) -> float:
         return float(value)
     except OverflowError:
         return math.inf if value > 0 else -math.inf
+    except ValueError:  # a signalling NaN
+        return math.nan
 
 
 def _rounded(value: float, name: str, unbounded: list[str]) -> float | None:

@@ -12,7 +12,7 @@ import nbformat
 
 from trimtab.code import module_digests
 from trimtab.errors import InputError
-from trimtab.files import read_json, remove, tree_sha256
+from trimtab.files import check_path, read_json, remove, tree_sha256
 from trimtab.pipeline.check import check
 from trimtab.pipeline.execution import Execution, Interrupted, execute, signals
 from trimtab.pipeline.parameters import collect, parse_notebook
@@ -68,6 +68,7 @@ def run_notebook(
 
 def read_source(root: Path, notebook: Path) -> nbformat.NotebookNode:
     """A stage's notebook. Raises InputError where it is missing or nbformat cannot read it."""
+    check_path(notebook)
     try:
         return parse_notebook((root / notebook).read_text(encoding="utf-8"), str(notebook))
     except FileNotFoundError:
@@ -104,7 +105,7 @@ def _run(
     with Terminal(record.stem, root / places.log) as terminal:
         terminal.line(f"{notebook} with sections {', '.join(sections)}; parameters {parameters}", shown=False)
         execution = execute(content, parameters, terminal, cwd=root, cell_timeout=cell_timeout, variables=variables)
-        results = _results(execution, places)
+        results, outputs = _made(execution, places)
         if execution.failure:
             places.discard()
         seconds = time.monotonic() - began
@@ -117,7 +118,6 @@ def _run(
             seconds=seconds,
             outcome=outcome,
         )
-        made = {} if execution.failure else places.outputs
         finished = make_record(
             execution,
             provenance,
@@ -127,7 +127,7 @@ def _run(
             results=results,
             record=_name(record),
             sections=sections,
-            outputs={n: {"path": str(path), "sha256": tree_sha256(root / path)} for n, path in made.items()},
+            outputs=outputs,
             library=library,
         )
         write_record(finished, root / record)
@@ -150,24 +150,27 @@ def drop_progress(root: Path, listed: Path) -> None:
                     remove(beside)
 
 
-def _results(execution: Execution, places: Places) -> Mapping[str, Any]:
-    """What the notebook wrote as its output `results`. Sets the execution's failure where an output is missing, or
-    the results are no metrics and claims."""
+def _made(execution: Execution, places: Places) -> tuple[Mapping[str, Any], dict[str, dict[str, str]]]:
+    """(what the notebook wrote as its output `results`, path and digest of each output). Sets the execution's failure
+    where an output is missing or has no digest, or the results are no metrics and claims."""
     if execution.failure:
-        return {}
-    missing = [str(path) for path in places.outputs.values() if not (places.root / path).exists()]
-    if missing:
-        execution.failure, execution.exit_code = f"every cell ran, but {', '.join(missing)} was not written", 1
-        return {}
-    if "results" not in places.outputs:
-        return {}
-    path = places.outputs["results"]
+        return {}, {}
     try:
-        return results_of(read_json(places.root / path))
+        if missing := [str(path) for path in places.outputs.values() if not (places.root / path).exists()]:
+            raise InputError(f"every cell ran, but {', '.join(missing)} was not written")
+        results = _results(places.root, places.outputs["results"]) if "results" in places.outputs else {}
+        sums = {name: tree_sha256(places.root / path) for name, path in places.outputs.items()}
     except InputError as error:
-        reason = str(error).rstrip(".")
-        execution.failure, execution.exit_code = f"{path} holds no results: {reason}", 1
-        return {}
+        execution.failure, execution.exit_code = str(error).rstrip("."), 1
+        return {}, {}
+    return results, {name: {"path": str(places.outputs[name]), "sha256": sum_} for name, sum_ in sums.items()}
+
+
+def _results(root: Path, path: Path) -> Mapping[str, Any]:
+    try:
+        return results_of(read_json(root / path))
+    except InputError as error:
+        raise InputError(f"{path} holds no results: {error}") from None
 
 
 def _name(record: Path) -> str:

@@ -1,28 +1,42 @@
 """Scales: compose params.yaml from conf/ through DVC's own Hydra support, and copy the project to run another scale."""
 
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from trimtab.errors import InputError
-from trimtab.files import atomic, remove
+from trimtab.files import atomic, check_path
+from trimtab.marks import MARK, own_files
 from trimtab.pipeline.provenance import PRODUCTS
+from trimtab.pipeline.report import MARKS
 from trimtab.pipeline.sections import nearest, parse_yaml, read_yaml
 from trimtab.validation import shown
 
+HEADER = "# Composed from conf/ by `trimtab compose`, which overwrites what is edited here.\n"
 COPY_MARKER = ".git/trimtab-copy"
-"""What tells an earlier copy, which may be replaced, from any other folder."""
+"""What tells an earlier copy, which may be brought up to date, from any other folder."""
+COPIED = "refs/trimtab/copied"
+"""In a copy's repository, the commit of what was copied last."""
 IDENTITY = ("-c", "user.name=trimtab", "-c", "user.email=trimtab@localhost", "-c", "commit.gpgsign=false")
 
 
 def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence[str] = ()) -> None:
     """Write to `output` what `dvc exp run -S scale=<scale> -S <override> ...` would make of params.yaml. Raises
-    InputError for an unknown scale or override, and where `output` is there and holds something else."""
+    InputError for an unknown scale or override, and where `output` is there and nobody composed it."""
+    text = composed(root, scale, overrides)
+    with atomic(output, own=lambda path: _is_composed(path, text)) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def composed(root: Path, scale: str, overrides: Sequence[str] = ()) -> str:
+    """The text of params.yaml at a scale; see `compose`."""
     from dvc.exceptions import DvcException
     from dvc.utils.hydra import compose_and_dump
     from hydra.errors import HydraException
@@ -31,50 +45,51 @@ def compose(root: Path, output: Path, scale: str = "laptop", overrides: Sequence
     scales = sorted(path.stem for path in (root / "conf/scale").glob("*.yaml"))
     if scale not in scales:
         raise InputError(f"{scale!r} is not a scale: choose one of {', '.join(scales)}.")
-    with atomic(output, own=_is_composed) as partial:
-        composed = partial.with_name(f"{partial.name}.yaml")  # by its suffix DVC tells the format
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "params.yaml"  # by its suffix DVC tells the format
         try:
             compose_and_dump(
-                composed, str((root / "conf").resolve()), None, "config", str(root), [f"scale={scale}", *overrides]
+                path, str((root / "conf").resolve()), None, "config", str(root), [f"scale={scale}", *overrides]
             )
-            composed.replace(partial)
         except (DvcException, HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
             given = f" with {shown(' '.join(overrides))}" if overrides else ""
             raise InputError(f"conf/ does not compose{given}: {_reason(root, error)}") from error
-        finally:
-            remove(composed)
+        return HEADER + path.read_text(encoding="utf-8")
 
 
 def copy_project(root: Path, target: Path, scale: str) -> None:
     """Copy the working tree (what git tracks or would track) to `target`, a repository of its own, at another scale.
 
-    Nothing is shared with the original: neither the DVC cache nor what was last produced. An earlier copy is replaced.
-    Raises InputError, and touches nothing, where `target` is anything else, or holds changes that no pipeline made.
+    Nothing is shared with the original: neither the DVC cache nor what was last produced. An earlier copy is brought
+    up to date: its sources are replaced, and what its pipeline or its user made stays. Raises InputError, and touches
+    nothing, where `target` is anything else, or a source there has been changed or is in the place of another file.
     """
-    target = target.resolve()
-    if target.exists():
-        _refuse_foreign(root.resolve(), target)
-    with tempfile.TemporaryDirectory() as scratch:  # an unknown scale must be found out before anything is replaced
-        compose(root, Path(scratch) / "params.yaml", scale)
-        composed = (Path(scratch) / "params.yaml").read_text(encoding="utf-8")
+    check_path(target)
+    root, target = root.resolve(), target.resolve()
+    marker, readme = target / COPY_MARKER, target / "README.md"
+    free = not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    if target in (root, *root.parents) or not (free or marker.is_file()):
+        raise InputError(f"{target} exists and is no earlier copy: name a new folder, such as scratch/smoke.")
+    text = composed(root, scale)
     produced = [f":(exclude){path}" for path in PRODUCTS]
     listed = ["git", "-C", str(root), "ls-files", "-z", "--cached", "--others", "--exclude-standard", ".", *produced]
     done = subprocess.run(listed, capture_output=True, check=False)
     if done.returncode:
         raise InputError(f"{root} is not a git repository: only a checkout can be copied.")
-    names = done.stdout.decode().split("\0")
-    remove(target)
-    target.mkdir(parents=True)
+    if free:
+        marker.parent.mkdir(parents=True)
+        marker.touch()  # first of all: whoever is killed from here on leaves a copy to go on with
     _git(target, "init", "--quiet")
-    (target / COPY_MARKER).write_text(f"{root.resolve()}\n", encoding="utf-8")
-    for name in filter(None, names):
-        source = root / name
-        if source.is_file():  # a file deleted but still tracked is no part of the working tree
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name)
-    (target / "params.yaml").write_text(composed, encoding="utf-8")
-    _git(target, "add", "--all")
-    _git(target, *IDENTITY, "commit", "--quiet", "-m", f"scale={scale}")
+    with atomic(target, "copy", own=lambda path: path == readme and _is_reported(target)) as partial:
+        for name in filter(None, os.fsdecode(done.stdout).split("\0")):
+            if (root / name).is_file():  # a file deleted but still tracked is no part of the working tree
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, partial / name)
+        (partial / "params.yaml").write_text(text, encoding="utf-8")
+    names = "\0".join([MARK, *own_files(target)["copy"]])
+    _git(target, "--literal-pathspecs", "add", "--force", "--pathspec-from-file=-", "--pathspec-file-nul", given=names)
+    _git(target, *IDENTITY, "commit", "--quiet", "--all", "--allow-empty", "-m", f"scale={scale}")
+    _git(target, "update-ref", COPIED, "HEAD")
 
 
 def _reason(root: Path, error: Exception) -> str:
@@ -87,30 +102,33 @@ def _reason(root: Path, error: Exception) -> str:
     return f"{first[:200].rstrip('.') or type(error).__name__}."
 
 
-def _refuse_foreign(root: Path, target: Path) -> None:
-    """Raise InputError unless a folder is an earlier copy, as it was but for what the pipeline makes."""
-    if target == root or target in root.parents or not (target / COPY_MARKER).is_file():
-        raise InputError(f"{target} exists and is no earlier copy: name a new folder, such as scratch/smoke.")
-    commits = _git(target, "rev-list", "--all").split()
-    if not commits:  # killed before it was whole
-        return
-    changed = _git(
-        target, "status", "--porcelain", "--", ".", *(f":(exclude){path}" for path in (*PRODUCTS, "README.md"))
-    )
-    if len(commits) > 1 or changed.strip():
-        what = "commits of its own" if len(commits) > 1 else f"changes ({changed.split()[1]})"
-        raise InputError(f"{target} is an earlier copy with {what}: name a new folder, or remove that one first.")
-
-
-def _is_composed(path: Path) -> bool:
-    """Whether a file holds parameters, as `compose` writes them."""
+def _is_composed(path: Path, text: str) -> bool:
+    """Whether a file was composed: by Trimtab, whose header it has, or by `dvc exp run -S`, which gives it the sections
+    and keys of `text` and no header."""
     try:
-        found = parse_yaml(path.read_text(encoding="utf-8"))
+        held = path.read_text(encoding="utf-8")
+        return held.startswith(HEADER) or _keys(held) == _keys(text)
     except (OSError, ValueError):
         return False
-    return found is None or (isinstance(found, dict) and "base" in found)
 
 
-def _git(folder: Path, *arguments: str) -> str:
+def _keys(text: str) -> Any:
+    found = parse_yaml(text)
+    sections = found.items() if isinstance(found, dict) else ()
+    return {name: sorted(map(str, section)) if isinstance(section, dict) else None for name, section in sections}
+
+
+def _is_reported(copy: Path) -> bool:
+    """Whether a copy's README has changed in nothing but the claims, which `trimtab report` puts there."""
+    between = re.compile(f"(?<={re.escape(MARKS[0])}).*(?={re.escape(MARKS[1])})", re.DOTALL)
+    try:
+        copied = _git(copy, "show", f"{COPIED}:README.md")
+        return between.sub("", copied) == between.sub("", (copy / "README.md").read_text(encoding="utf-8"))
+    except (subprocess.CalledProcessError, ValueError):
+        return False
+
+
+def _git(folder: Path, *arguments: str, given: str = "") -> str:
     command = ["git", "-C", str(folder), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, encoding="utf-8").stdout
+    done = subprocess.run(command, check=True, capture_output=True, input=os.fsencode(given))
+    return done.stdout.decode()

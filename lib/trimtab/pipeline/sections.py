@@ -1,6 +1,5 @@
 """params.yaml and dvc.yaml, read to plain values; what is wrong with them is one sentence."""
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
@@ -13,7 +12,7 @@ from ruamel.yaml.error import MarkedYAMLError
 from ruamel.yaml.events import AliasEvent
 
 from trimtab.errors import InputError
-from trimtab.validation import shown
+from trimtab.validation import nearest_of, shown
 
 NAME = re.compile(r"[\w.@-]{1,80}")
 
@@ -117,7 +116,7 @@ def sections_of(content: Mapping[str, Any], sections: Sequence[str]) -> dict[str
 def nearest(key: str, known: Iterable[str]) -> str:
     """The end of a sentence about an unknown name: what was probably meant, or all there is."""
     names = [str(each) for each in known]
-    if close := difflib.get_close_matches(key, names, n=1, cutoff=0.5):
-        return f"; did you mean `{close[0]}`?"
+    if meant := nearest_of(key, names, "; did you mean `{}`?"):
+        return meant
     rest = f" and {len(names) - 12} more" if len(names) > 12 else ""
     return f"; it has {', '.join(f'`{each}`' for each in names[:12]) or 'nothing'}{rest}."

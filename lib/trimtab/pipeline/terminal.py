@@ -14,6 +14,8 @@ from rich.text import Text
 
 from trimtab.pipeline.bars import ANSI, settled, without_bars
 
+LOG = "A log of `trimtab run`, which the next run of this record replaces.\n"
+"""How a log begins, and nothing else does: a file without it is somebody's."""
 QUIET_EVERY = 20.0
 """Seconds between progress lines where the terminal cannot redraw one (CI), and in the log."""
 _DRAWING = re.compile(r"\|[^|]*\|\s*")
@@ -28,6 +30,7 @@ class Terminal:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # an earlier log may be a link into the DVC cache: never write through it
         self.log = log.open("w", encoding="utf-8", errors="backslashreplace")
+        self.log.write(LOG)
         self.status: Status | None = None
         self.cell = ""
         self._unfinished: dict[str, bool] = {}  # of each stream: whether its last line may go on in the next chunk

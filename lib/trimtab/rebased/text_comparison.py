@@ -16,6 +16,7 @@ from trimtab.errors import InputError
 from trimtab.files import read_parquet
 from trimtab.plots import COLOURS
 from trimtab.rebased.pretraining import ARMS
+from trimtab.validation import nearest_of
 
 NEEDED = ("softmax", "based", "rebased", "rebased-hybrid", "conv")
 """Arms that the claims are about."""
@@ -29,7 +30,7 @@ def check_arms(arms: Sequence[str]) -> None:
     """Raise InputError for a name that is no arm, and where one that a claim needs is missing."""
     for arm in arms:
         if arm not in ARMS:
-            raise InputError(f"{arm!r} is not an arm: write any of {', '.join(ARMS)}.")
+            raise InputError(f"{arm!r} is not an arm: write any of {', '.join(ARMS)}{nearest_of(arm, ARMS)}.")
     missing = [arm for arm in NEEDED if arm not in arms]
     if missing:
         raise InputError(f"`arms` must hold {', '.join(NEEDED)}; {missing[0]} is missing.")

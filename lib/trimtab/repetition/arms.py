@@ -1,7 +1,6 @@
 """The arms: which updates a run is made of, and what of the model they train."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
@@ -14,6 +13,7 @@ from trimtab.errors import InputError
 from trimtab.interventions import steer
 from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
+from trimtab.validation import Span, read_name
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -66,6 +66,8 @@ OBJECTIVES: Mapping[str, Mix] = {
 }
 """By name. `implicit` is the paper's; `implicit-joint` takes both terms from the same rollouts; `implicit-shuffled` is
 its control, whose rewards are dealt out at random within the batch."""
+WIDTHS: Mapping[str, Sequence[Span]] = {"": [], "-steering": [], "-lora-R": [(1, 10_000)]}
+"""What may follow an objective's name, and LoRA's rank: see `Arm`."""
 
 
 class PlainPolicy(Policy):
@@ -129,12 +131,7 @@ class Arm:
     @cached_property
     def _parts(self) -> tuple[str, str, str]:
         """Objective, what follows it, and LoRA's rank, the latter two empty where there is none."""
-        # Longest first: implicit-shuffled is not implicit followed by something.
-        objectives = "|".join(sorted(OBJECTIVES, key=len, reverse=True))
-        match = re.fullmatch(rf"({objectives})(-steering|-lora-([1-9]\d{{0,4}}))?", self.name)
-        if match is None:
-            raise InputError(
-                f"{self.name!r} is not an arm: write one of {', '.join(OBJECTIVES)}, alone or followed by -steering "
-                "or -lora-R."
-            )
-        return match[1], match[2] or "", match[3] or ""
+        forms = {objective + width: spans for objective in OBJECTIVES for width, spans in WIDTHS.items()}
+        form, numbers = read_name(self.name, "an arm", forms)
+        objective = next(each for each in OBJECTIVES if form.removeprefix(each) in WIDTHS)
+        return objective, form.removeprefix(objective), "".join(map(str, numbers))

@@ -9,7 +9,7 @@ against. So is alpha-entmax sampling, which only suits a model trained with the 
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -31,9 +31,21 @@ from trimtab.repetition.dry import DRYProcessor
 from trimtab.repetition.searches import Growth, beam, contrastive
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import draw
+from trimtab.validation import Span, read_name
 
-FORMS = ("greedy", "beam-N", "top-k-K", "nucleus-P", "sampling", "penalty-X", "no-repeat-N", "dry", "contrastive-K-A")
-"""How decoders are named; N and K are whole numbers, P, X and A are not."""
+FORMS: Mapping[str, Sequence[Span]] = {
+    "greedy": [],
+    "beam-N": [(1, 256)],
+    "top-k-K": [(1, 1_000_000)],
+    "nucleus-P": [(0.001, 1.0)],
+    "sampling": [],
+    "penalty-X": [(0.001, 100.0)],
+    "no-repeat-N": [(1, 1000)],
+    "dry": [],
+    "contrastive-K-A": [(1, 256), (0.0, 1.0)],
+}
+"""How decoders are named, with the least and the largest value of each number; N and K are whole, P, X and A are
+not."""
 
 
 @dataclass(frozen=True)
@@ -61,25 +73,13 @@ class Decoder:
     value: float = 1.0
     """P, X or A."""
 
-    def __post_init__(self) -> None:
-        if self.count < 1:
-            raise InputError(f"decoder {self.name}: {self.count} must be at least 1.")
-        if self.kind in ("nucleus", "penalty") and self.value <= 0:
-            raise InputError(f"decoder {self.name}: {self.value} must be positive.")
-        if self.kind in ("nucleus", "contrastive") and self.value > 1:
-            raise InputError(f"decoder {self.name}: {self.value} must be at most 1.")
-
     @classmethod
     def of(cls, name: str) -> "Decoder":
         """From a name such as `top-k-8`. Raises InputError for one of no known form."""
-        for form in FORMS:
-            pattern = re.sub(
-                "-[NK]", r"-(?P<count>\\d{1,6})", re.sub("-[PXA]", r"-(?P<value>\\d{1,6}(\\.\\d{1,9})?)", form)
-            )
-            if match := re.fullmatch(pattern, name):
-                found = match.groupdict()
-                return cls(name, re.sub("-[A-Z]", "", form), int(found.get("count", 1)), float(found.get("value", 1)))
-        raise InputError(f"{name!r} is not a decoder; known are {', '.join(FORMS)}.")
+        form, numbers = read_name(name, "a decoder", FORMS)
+        given = dict(zip(re.findall("[A-Z]", form), numbers, strict=True))
+        values = {"count" if letter in "NK" else "value": number for letter, number in given.items()}
+        return cls(name, re.sub("-[A-Z]", "", form), **values)
 
     @property
     def alone(self) -> bool:

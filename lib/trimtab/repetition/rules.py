@@ -1,7 +1,7 @@
 """What the sections of repetition need of one another."""
 
 from trimtab.repetition.comparison import check_arms
-from trimtab.rules import Section, kinds_of, rule, told, within
+from trimtab.rules import Section, at_most, kinds_of, rule, told, within
 from trimtab.validation import require
 
 
@@ -24,6 +24,6 @@ def _repetition_compare(compare: Section, repetition: Section) -> None:
     within("quality_decoders", compare["quality_decoders"], every, "`decoders` of section `repetition`")
     once = [*every, *repetition["once_decoders"]]
     within("once_quality_decoders", compare["once_quality_decoders"], once, "section `repetition`")
-    most = min(repetition["test_prefixes"], repetition["decoder_prefixes"])
-    require(compare["clusters"] <= most, "clusters", compare["clusters"], f"at most {most}, the prefixes continued")
-    require(compare["shown"] <= most, "shown", compare["shown"], f"at most {most}, the prefixes continued")
+
+
+at_most("repetition_compare", "clusters shown", "repetition.decoder_prefixes")

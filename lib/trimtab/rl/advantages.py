@@ -1,4 +1,9 @@
-"""Advantages of a group of completions of one prompt, from their rewards."""
+"""Advantages of a group of completions of one prompt, from their rewards.
+
+Rewards that are no finite numbers are those of completions that nobody could judge: each has an advantage of 0, and the
+others of its group are compared as if it had not been drawn. Where all that were judged earned the same there is
+nothing to learn, and every advantage is 0, to the bit, under every estimator.
+"""
 
 from collections.abc import Callable, Mapping
 
@@ -11,28 +16,32 @@ Rewards = Float[Tensor, "prompts group"]
 
 def rloo(rewards: Rewards, baseline: float = 0.0) -> Rewards:
     """r_i - mean of the other rewards of its group (Ahmadian et al. 2024), which do not depend on it."""
-    group = rewards.shape[1]
-    return (rewards - rewards.mean(dim=1, keepdim=True)) * group / (group - 1)
+    count = rewards.isfinite().sum(dim=1, keepdim=True)
+    return grpo_no_std(rewards) * count / (count - 1).clamp(min=1)
 
 
 def reinforce(rewards: Rewards, baseline: float = 0.0) -> Rewards:
     """r_i alone (Williams 1992)."""
-    return rewards.clone()
+    return reinforce_with_baseline(rewards)
 
 
 def reinforce_with_baseline(rewards: Rewards, baseline: float = 0.0) -> Rewards:
     """r_i - a running mean of the rewards of earlier batches."""
-    return rewards - baseline
+    return _learnt(rewards - baseline, rewards, (0, 1))
 
 
 def grpo(rewards: Rewards, baseline: float = 0.0) -> Rewards:
     """(r_i - mean) / (std + 1e-4) over the group (Shao et al. 2024)."""
-    return grpo_no_std(rewards) / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    apart = grpo_no_std(rewards)
+    count = rewards.isfinite().sum(dim=1, keepdim=True)
+    return apart / ((apart.square().sum(dim=1, keepdim=True) / (count - 1).clamp(min=1)).sqrt() + 1e-4)
 
 
 def grpo_no_std(rewards: Rewards, baseline: float = 0.0) -> Rewards:
     """r_i - mean over the group: RLOO but for the factor G / (G - 1) (Liu et al. 2025)."""
-    return rewards - rewards.mean(dim=1, keepdim=True)
+    judged = rewards.isfinite()
+    mean = torch.where(judged, rewards, 0).sum(dim=1, keepdim=True) / judged.sum(dim=1, keepdim=True).clamp(min=1)
+    return _learnt(rewards - mean, rewards, 1)
 
 
 ESTIMATORS: Mapping[str, Callable[[Rewards, float], Rewards]] = {
@@ -47,7 +56,18 @@ ESTIMATORS: Mapping[str, Callable[[Rewards, float], Rewards]] = {
 
 def informative(rewards: Rewards) -> Float[Tensor, ""]:
     """Share of groups whose rewards differ: the others teach nothing to an estimator that centres by group."""
-    return (rewards.max(dim=1).values > rewards.min(dim=1).values).float().mean()
+    return _differ(rewards, 1).float().mean()
+
+
+def _learnt(advantages: Rewards, rewards: Rewards, among: int | tuple[int, ...]) -> Rewards:
+    """The advantages of completions that were judged, where judged ones differ along the dimensions `among`."""
+    return torch.where(rewards.isfinite() & _differ(rewards, among), advantages, 0.0)
+
+
+def _differ(rewards: Rewards, among: int | tuple[int, ...]) -> Tensor:
+    judged = rewards.isfinite()
+    most = torch.where(judged, rewards, -torch.inf).amax(dim=among, keepdim=True)
+    return most > torch.where(judged, rewards, torch.inf).amin(dim=among, keepdim=True)
 
 
 def pass_at_k(correct: Float[Tensor, "items samples"], k: int) -> Float[Tensor, " items"]:

@@ -88,7 +88,7 @@ class Task(ABC):
             case "last_number":
                 return last_number(completion, item.answer)
             case "boxed":
-                return boxed(completion, item.answer)
+                return boxed(completion, item.answer, item.question)
             case "scorer":
                 return scorer(completion, item.metadata)
         raise InputError(f"{self.name}: a verifier is exact, last_number, boxed or scorer, not {self.verifier!r}.")

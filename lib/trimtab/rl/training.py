@@ -15,6 +15,7 @@ from tqdm import tqdm
 from trimtab import code
 from trimtab.checkpoint import Checkpoint, resume_training, training_tensors
 from trimtab.epochs import batch_of, mix
+from trimtab.errors import InputError
 from trimtab.identity import machine
 from trimtab.rl.advantages import ESTIMATORS, informative
 from trimtab.rl.config import RLConfig
@@ -27,8 +28,9 @@ SAVE_EVERY = 60.0
 BASELINE_DECAY = 0.9
 """Of the running mean that `reinforce_with_baseline` subtracts."""
 
-RewardFunction = Callable[[Sequence[int], Rollouts], Float[Tensor, "prompts group"]]
-"""Rewards of a batch of rollouts; the first argument says which of the prompts they are of."""
+RewardFunction = Callable[[Sequence[int], Rollouts], Float[Tensor, "prompts group"] | Sequence[Sequence[float]]]
+"""Rewards of a batch of rollouts, one that is no finite number where a completion could not be judged; the first
+argument says which of the prompts they are of."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Update:
 
     update: int
     reward: float
-    """Mean over completions."""
+    """Mean over completions that were judged."""
     informative: float
     """Share of groups whose rewards differ."""
     tokens: int
@@ -54,6 +56,8 @@ class Update:
     """How far the trained parameters are from where they began."""
     rollout_s: float
     update_s: float
+    unjudged: int = 0
+    """Completions whose rewards were no finite numbers: they are left out."""
 
 
 def train(
@@ -110,9 +114,10 @@ def train(
             temperature=config.temperature, end=end, generator=generator,
         )  # fmt: skip
         between = time.perf_counter()
-        rewards = reward(chosen, drawn)
+        rewards = as_rewards(reward(chosen, drawn), drawn)
         advantages = ESTIMATORS[config.estimator](rewards, baseline)
-        mean = rewards.mean().item()
+        judged = rewards.isfinite()
+        mean = rewards[judged].mean().item() if bool(judged.any()) else baseline
         baseline = mean if number == 1 else BASELINE_DECAY * baseline + (1 - BASELINE_DECAY) * mean
         for group in optimiser.param_groups:
             group["lr"] = learning_rate * min(1.0, number / max(1.0, config.warm_up * config.updates))
@@ -123,7 +128,7 @@ def train(
             Update(
                 number, mean, informative(rewards).item(), drawn.tokens, lengths.mean().item(),
                 drawn.finished.float().mean().item(), (drawn.entropy.sum() / drawn.tokens).item(), norm,
-                math.sqrt(moved), between - began, time.perf_counter() - between,
+                math.sqrt(moved), between - began, time.perf_counter() - between, int((~judged).sum()),
             )
         )  # fmt: skip
         bar.set_postfix(reward=f"{mean:.2f}", refresh=False)
@@ -144,6 +149,20 @@ def train(
     return history
 
 
+def as_rewards(given: Any, drawn: Rollouts) -> Float[Tensor, "prompts group"]:
+    """What a reward function returned - a tensor, an array or lists, of numbers of any kind - in fp32 on the CPU.
+    Raises InputError where it is no number for each completion."""
+    shape = tuple(drawn.finished.shape)
+    try:
+        rewards = torch.as_tensor(given).detach().cpu()
+    except (TypeError, ValueError, RuntimeError):
+        rewards = torch.empty(0)
+    if tuple(rewards.shape) != shape or rewards.is_complex():
+        found = f"shape {list(rewards.shape)}" if isinstance(given, Tensor) else f"{given!r:.80}"
+        raise InputError(f"A reward function must return a number for each of {list(shape)} completions, not {found}.")
+    return rewards.float()
+
+
 def optimise(
     policy: Policy,
     optimiser: torch.optim.Optimizer,
@@ -155,9 +174,11 @@ def optimise(
 
     The loss is the sum over generated tokens divided by *all* generated tokens of the batch. A group whose advantages
     are all zero has a gradient of zero (but for the KL penalty): it is left out of the backward pass, and stays in
-    the divisor.
+    the divisor. Where all are left out no step is taken: Adam's momentum would move what nothing was learnt about.
     """
     needed = [p for p in range(len(advantages)) if config.kl > 0 or bool((advantages[p] != 0).any())]
+    if not needed:
+        return 0.0
     packs = [pack(drawn, needed[i : i + config.rows]) for i in range(0, len(needed), config.rows)]
     several = config.steps_per_batch > 1
     # The policy's own probabilities in the teacher-forced pass, not those of the rollout, which differ by rounding.

@@ -1,7 +1,7 @@
 """Strict verifiers: a completion is right, 1.0, or it is not, 0.0; there is no partial credit to collect.
 
     exact        the whole completion is the answer: an integer, or a list of them, or a word
-    boxed        the last \\boxed{} of the completion equals the answer, as math_verify understands mathematics
+    boxed        the last \\boxed{} of the completion equals the answer, in value
     scorer       an arithmetic expression that reasoning-gym's own scorer takes for fully right (many answers are)
   last_number  the completion ends on the answer: what stands last decides, as with the last box
 
@@ -22,10 +22,11 @@ import signal
 import threading
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from decimal import Decimal
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
+
+from trimtab.rl.numerals import SIGNS, numbers, numeral
 
 MAX_COMPLETION = 200_000
 """Characters of a completion that are read at all; about 50,000 tokens."""
@@ -38,9 +39,10 @@ MEMORY_BYTES = 1 << 30
 START_S = 120.0
 """Seconds that a worker may take to start, on a busy machine."""
 
-BOX = r"\boxed{"
+BOX = re.compile(r"\\(?:boxed|fbox|framebox)(?![A-Za-z])\s*(\{|(?=[-+0-9A-Za-z\\$(\[]))")
 INTEGER = re.compile(r"([+-]?)0*([0-9]+)")
-NUMBER = re.compile(r"(?<![0-9.])-?(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?")
+SYMBOL = re.compile(r"\\?[A-Za-z]+(?:_\{?[A-Za-z0-9]+\}?)?'*(?:\([a-z]\))?|\\text\{[^{}=]*\}")
+EQUALS = re.compile(r"(?<![<>!:=\\])=(?![=<>])")
 ARITHMETIC = re.compile(r"[0-9+\-*/() ]+")
 
 
@@ -60,22 +62,29 @@ def exact(completion: str, answer: str) -> float:
 def last_number(completion: str, answer: str) -> float:
     """1.0 where the last number of the completion equals the answer; for a list of k numbers, the last k.
 
-    As strict as the last box: a list of guesses earns nothing but by its last. 5.0 and 1,234 are read as numbers, and
-    anything may come before them.
+    As strict as the last box: a list of guesses earns nothing but by its last. 5.0, 1,234 and -5 with any dash or a
+    blank after it are read as numbers, and anything may come before them; what has still to be worked out, such as
+    8 - 4, 2^4 or a copy of the question, is none (`numerals.numbers`).
     """
-    wanted = _numbers(answer)
-    return float(bool(wanted) and _numbers(completion[-2 * MAX_ANSWER :])[-len(wanted) :] == wanted)
+    fractions = "/" in answer or "frac" in answer
+    wanted = numbers(answer, fractions=fractions)
+    if not wanted or None in wanted:
+        return 0.0
+    return float(numbers(completion[-2 * MAX_ANSWER :], fractions=fractions)[-len(wanted) :] == wanted)
 
 
 def last_box(text: str) -> str | None:
-    """What the last `\\boxed{...}` holds, braces balanced, or nothing where it never closes or is too long.
+    r"""What the last \boxed{...} holds, braces balanced, or nothing where it never closes or is too long.
 
-    Escaped braces, \\{ and \\}, are text. An earlier box does not stand in for a broken last one.
+    Escaped braces, \{ and \}, are text. An earlier box does not stand in for a broken last one. Written without
+    braces, \boxed 5, it holds what follows up to a blank; \fbox and \framebox are boxes too.
     """
-    start = text.rfind(BOX)
-    if start < 0:
+    boxes = list(BOX.finditer(text))
+    if not boxes:
         return None
-    body = text[start + len(BOX) :][: MAX_ANSWER + 1]
+    body = text[boxes[-1].end() :][: MAX_ANSWER + 1]
+    if not boxes[-1][1]:
+        return re.split(r"[\s$]|[.,;:!?]+(?=\s|$)", body)[0]
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", body, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(brace.group(), 0)
@@ -84,20 +93,38 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def boxed(completion: str, answer: str) -> float:
-    """1.0 where math_verify takes the last box of the completion for equal to the answer, a piece of LaTeX.
+def boxed(completion: str, answer: str, question: str = "") -> float:
+    r"""1.0 where the last box of the completion is equal in value to the answer, a piece of LaTeX.
 
-    As in Bias-Only Adaptation: equal in value is enough, so 1/2, 0.5 and x = 1/2 all answer 1/2, and so does an
-    expression that nobody worked out. Integers are compared as they stand, without a process.
+    As in Bias-Only Adaptation 1/2, 0.5 and x = 1/2 all answer 1/2. Unlike there, the answer must have been worked out:
+    where it is a number so must be what the box holds, to the last digit (`numerals.numeral`), and 7+9 is none for 16.
+    Other answers are compared as math_verify understands mathematics; then an expression that stands in the question
+    earns nothing. Every side of an equation must be equal to the answer, or a name for it.
     """
     found = last_box(completion) if len(completion) <= MAX_COMPLETION else None
-    if not found:
+    if not found or len(answer) > MAX_ANSWER:
         return 0.0
-    if exact(found, answer):
-        return 1.0
-    if INTEGER.fullmatch(found) and INTEGER.fullmatch(answer.strip()):
-        return 0.0
-    return GUARD.run(_equal, answer, found)
+    gold = numeral(answer)
+    *names, given = [found] if EQUALS.search(answer) else EQUALS.split(found)
+    others = [side for name in names if not SYMBOL.fullmatch(side := name.strip(" $"))]
+    if gold is not None:
+        value = numeral(given)
+        right = value is not None and value.equals(gold)
+    elif _squeezed(given) == _squeezed(answer):
+        right = True
+    else:
+        right = not _copied(given, question) and bool(GUARD.run(_equal, answer, given))
+    return float(right and all(GUARD.run(_equal, answer, side) for side in others))
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s|\\[,;:! ]|\\left|\\right|[$*{}]|\\cdot|\\times", "", text.translate(SIGNS)).removesuffix(".")
+
+
+def _copied(given: str, question: str) -> bool:
+    """Whether it is an expression out of the question."""
+    text = _squeezed(given)
+    return bool(re.search(r"[-+/^(]|\\[a-z]", text)) and text in _squeezed(question)
 
 
 def scorer(completion: str, entry: str) -> float:
@@ -216,8 +243,15 @@ def _equal(gold: str, found: str) -> bool:
 
     latex = [LatexExtractionConfig(boxed_match_priority=0)]
     # Its own time limits are alarms, which the guard makes needless.
-    sides = [parse(f"{BOX}{text}}}", latex, parsing_timeout=None) for text in (gold, found)]
-    return verify(*sides, timeout_seconds=None)  # not symmetric: gold comes first
+    sides = [parse(f"\\boxed{{{_latex(text)}}}", latex, parsing_timeout=None) for text in (gold, found)]
+    return verify(*sides, float_rounding=12, timeout_seconds=None)  # not symmetric: gold comes first
+
+
+def _latex(text: str) -> str:
+    """Plain notation in LaTeX's: x**2, pi/2, sqrt(2)."""
+    text = re.sub(r"(?<![\\A-Za-z])(pi|infty|theta|alpha|beta)(?![A-Za-z])", r"\\\1 ", text.translate(SIGNS))
+    text = re.sub(r"\\?sqrt\s*(?:\(([^()]*)\)|([0-9]+|[a-z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
+    return re.sub(r"\*\*\s*(-?\w+)", r"^{\1}", text)
 
 
 def _scored(given: str, entry: str) -> bool:
@@ -240,7 +274,3 @@ def _parts(text: str) -> list[str]:
         else:
             parts.append(part.strip())
     return parts
-
-
-def _numbers(text: str) -> list[Decimal]:
-    return [Decimal(found.replace(",", "")) for found in NUMBER.findall(text)]

@@ -1,11 +1,10 @@
 """What every arm of the SAE comparison shares, and the names of the arms."""
 
-import re
 from dataclasses import dataclass
 
 from trimtab.errors import InputError
 from trimtab.sae.objectives import OBJECTIVES, Objective
-from trimtab.validation import ascending, at_least, nearest_of, not_negative, one_of, rates, require, seeds
+from trimtab.validation import WIDEST, ascending, at_least, not_negative, one_of, rates, read_name, require, seeds
 
 
 @dataclass(frozen=True)
@@ -58,12 +57,8 @@ class Arm:
     @classmethod
     def parse(cls, name: str) -> "Arm":
         """Read `topk-8` or `hierarchical-pow2-64`."""
-        match = re.fullmatch(r"(.+)-([1-9][0-9]{0,8})", name)
-        kind = match[1] if match else name.rpartition("-")[0]
-        if match is None or kind not in OBJECTIVES:
-            forms = " or ".join(f"{known}-K" for known in OBJECTIVES)
-            raise InputError(f"{name!r} is not an arm: write {forms}{nearest_of(kind, OBJECTIVES)}.")
-        arm = cls(kind, int(match[2]))
+        form, (k,) = read_name(name, "an arm", {f"{kind}-K": [(1, WIDEST)] for kind in OBJECTIVES})
+        arm = cls(form.removesuffix("-K"), int(k))
         arm.objective()  # which may refuse its k
         return arm
 

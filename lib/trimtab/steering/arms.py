@@ -1,29 +1,29 @@
 """The arms of the comparison: what of the model is trained, and with which reward."""
 
-import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.errors import InputError
 from trimtab.rl.adapters import frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
 from trimtab.steering.vectors import SteeringVectors
+from trimtab.validation import Span, read_name
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
 
-KINDS = {
-    r"steering": "a vector after every block",
-    r"steering-last": "a vector after the last block alone",
-    r"steering-layer(\d{1,4})": "a vector after one block, counted from 0",
-    r"steering-rank([1-9]\d{0,4})": "vectors of all blocks, low-rank across them",
-    r"random-reward": "as `steering`, rewarded by a coin with the batch's own share of heads: a control",
-    r"lora-([1-9]\d{0,4})": "LoRA of that rank on every down projection, alpha = rank, as in the paper's code",
-    r"full": "every weight",
+KINDS: Mapping[str, Sequence[Span]] = {
+    "steering": [],  # a vector after every block
+    "steering-last": [],  # a vector after the last block alone
+    "steering-layerN": [(0, 10_000)],  # a vector after one block, counted from 0
+    "steering-rankR": [(1, 10_000)],  # vectors of all blocks, low-rank across them
+    "random-reward": [],  # as `steering`, rewarded by a coin with the batch's own share of heads: a control
+    "lora-R": [(1, 10_000)],  # LoRA of that rank on every down projection, alpha = rank, as in the paper's code
+    "full": [],  # every weight
 }
-"""Patterns of names, and what each trains."""
+"""What names look like, with the bounds of their numbers, and what each trains."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,7 @@ class Arm:
     name: str
 
     def __post_init__(self) -> None:
-        if self._match() is None:
-            forms = [re.sub(r"\(.*\)", "N", pattern) for pattern in KINDS]
-            raise InputError(f"{self.name!r} is not an arm: write one of {', '.join(forms)}.")
+        read_name(self.name, "an arm", KINDS)
 
     def __str__(self) -> str:
         return self.name
@@ -66,8 +64,8 @@ class Arm:
         policies of a steering arm may share it, and other arms load their own."""
         wrapped = frozen if frozen is not None and self.steers else frozen_model(folder, dtype=dtype, device=device)
         layers, width = wrapped._module.config.num_hidden_layers, wrapped._module.config.hidden_size
-        matched = self._match()
-        number = int(matched[1]) if matched and matched.groups() else 0
+        _, numbers = read_name(self.name, "an arm", KINDS)
+        number = int(numbers[0]) if numbers else 0
         generator = torch.Generator().manual_seed(seed)
         if self.name == "full":
             base = frozen_model(folder, dtype=dtype, device=device) if reference else None
@@ -84,9 +82,6 @@ class Arm:
         rank = number if self.name.startswith("steering-rank") else None
         vectors = SteeringVectors(chosen, width, rank=rank, generator=generator).to(device)
         return Built(Policy(vectors.applied_to(wrapped), dict(vectors.named_parameters()), wrapped), vectors)
-
-    def _match(self) -> re.Match[str] | None:
-        return next((m for pattern in KINDS if (m := re.fullmatch(pattern, self.name))), None)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from trimtab.checkpoint import atomic, write_json
 from trimtab.errors import InputError
+from trimtab.files import check_path
 from trimtab.interventions import Place, final_hidden, steer, wrap
 from trimtab.pretrained import DTYPES, SOURCE_FILE, load_model, load_tokenizer, model_source, weights_sha256
 from trimtab.steering.export import check_fits, identify
@@ -74,6 +75,7 @@ def fold(
     exceeds `tolerance`, for an architecture where folding is not exact, and where the vectors do not fit the model.
     """
     source, target = Path(model_folder), Path(out_folder)
+    check_path(target)
     identity = identify(source)
     check_fits(vectors, identity)
     _refuse_architecture(identity.architecture, vectors.place)

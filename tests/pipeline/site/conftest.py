@@ -57,6 +57,8 @@ LOADING = f"""
 Over everything.
 :::
 
+A formula $x\\\\[999em]y$, a sign a&#x202e;b, and <b style="color: transparent">bold</b>.
+
 [p]: {ELSEWHERE}.jpeg
 """.replace("{raw-html}`x`", "a role")
 """Markdown that would load, or move, if it could."""

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.files import atomic, own_files
+from trimtab.files import atomic, check_path
+from trimtab.marks import own_files
 from trimtab.pipeline.archive import Filed, find
 from trimtab.pipeline.site.pages import write_pages
 
@@ -70,6 +71,7 @@ def render(root: Path, out: Path, records: Sequence[Filed]) -> None:
             raise InputError(
                 f"records/{each.label}.ipynb has been altered since its run: `dvc checkout` it, or run its stage again."
             )
+    check_path(out)
     if out.is_dir() and any(out.iterdir()) and KIND not in own_files(out):
         raise InputError(f"{out} is no site that Trimtab wrote: name a new folder, or remove it first.")
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,7 @@ from sphinx import addnodes
 from sphinx.application import Sphinx
 from sphinx.transforms import SphinxTransform
 
-from trimtab.pipeline.site.calm import is_calm
+from trimtab.pipeline.site.calm import is_calm, is_simple, seen
 
 _LINKS = ("http://", "https://", "mailto:")
 _MOVING = re.compile(
@@ -33,6 +33,9 @@ class Confined(SphinxTransform):
             match node:
                 case nodes.raw() if not (node.get("format") == "html" and is_calm(node.astext())):
                     node.replace_self(nodes.literal(text=node.astext()))
+                case nodes.math() | nodes.math_block() if not is_simple(node.astext()):
+                    kind = nodes.literal if isinstance(node, nodes.math) else nodes.literal_block
+                    node.replace_self(kind(text=node.astext()))
                 case nodes.image() if re.match(r"(?!data:)(?:[\w+.-]+:|//)", node["uri"], re.IGNORECASE):
                     node.replace_self(nodes.literal(text=node.get("alt") or node["uri"]))
                 case nodes.meta():
@@ -44,6 +47,10 @@ class Confined(SphinxTransform):
                         node.replace_self(node.children)
                 case nodes.container() if "cell" not in " ".join(node["classes"]):
                     node["classes"] = [each for each in node["classes"] if not _MOVING.match(each)]
+        for text in list(self.document.findall(nodes.Text)):
+            plain = text.astext().replace("\xa0", " ")
+            if seen(plain) != plain:
+                text.parent.replace(text, nodes.Text(seen(plain)))
 
 
 def setup(app: Sphinx) -> dict[str, Any]:

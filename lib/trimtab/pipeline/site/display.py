@@ -11,15 +11,15 @@ from nbformat import NotebookNode
 from nbformat.v4 import new_markdown_cell
 
 from trimtab.claims import Verdict, verdict_table
-from trimtab.markup import escaped, visible
+from trimtab.markup import escaped
 from trimtab.pipeline.archive import Filed
 from trimtab.pipeline.records import KERNEL, title_of
-from trimtab.pipeline.site.calm import calm_html, calm_markdown, inline
+from trimtab.pipeline.site.calm import calm_html, calm_markdown, inline, seen
 from trimtab.pipeline.site.parameters import Annotated
 
 LONGEST_LINE = 2_000
 """Characters of a line of an output that are shown."""
-LONGEST_OUTPUT = 300_000
+LONGEST_OUTPUT = 200_000
 """Characters of an output that are shown at all."""
 TEXTS = ("name", "text", "statistic", "rule", "n", "control")
 """Fields of a verdict that are text."""
@@ -127,20 +127,15 @@ def _shown(kind: str, data: str) -> str:
             return ""
     if kind == "text/plain":
         return _text(data)
-    seen = _kept("\n".join(map(_seen, data.split("\n"))))
-    return calm_markdown(seen) if kind == "text/markdown" else calm_html(seen)
+    return calm_markdown(_kept(data)) if kind == "text/markdown" else calm_html(_kept(data))
 
 
 def _text(text: str) -> str:
     return _kept("\n".join(map(_line, text.split("\n"))))
 
 
-def _seen(line: str) -> str:
-    return visible(line).replace("⇥", "\t")
-
-
 def _line(line: str) -> str:
-    shown = _seen(line[:LONGEST_LINE])
+    shown = seen(line[:LONGEST_LINE])
     return shown if len(line) <= LONGEST_LINE else f"{shown} … {len(line) - LONGEST_LINE:,} characters more"
 
 
