@@ -1,5 +1,6 @@
 """The cache holds what the model computed, survives kills, refuses damage, and is read shuffled but whole."""
 
+import copy
 import json
 import random
 import shutil
@@ -79,6 +80,37 @@ def lower_threshold(folder, target):
     manifest["sites"]["0"]["kept"] = kept
     (target / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
     return kept
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_row_that_is_not_finite_is_left_out_and_counted(
+    tiny_llama, tokenizer, blocks_file, cache_config, tmp_path, value
+):
+    """One token's embedding is harmed: its row, and what attends to it, are no numbers."""
+    model = copy.deepcopy(tiny_llama)
+    blocks = Blocks(blocks_file, "train", 2000)
+    token = blocks.dataset[3]["tokens"][-1]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[token] = value
+    write_cache(
+        tmp_path / "c", wrap(model, tokenizer), blocks, cache_config, identity={"model": "harmed"}, bos=0, pad=1
+    )
+    cache = ActivationCache(tmp_path / "c", 0)
+    norms = stored(tmp_path / "c", "norms")[:, 0]
+    assert 0 < int((~norms.isfinite()).sum()) <= cache.statistics.excluded
+    x = torch.cat([chunk["x"] for chunk in cache.read()])
+    assert len(x) == cache.rows > 0
+    assert x.isfinite().all()
+    assert cache.mean.isfinite().all()
+
+
+def test_a_model_that_computes_no_numbers_is_named(tiny_llama, tokenizer, blocks_file, cache_config, tmp_path):
+    model = copy.deepcopy(tiny_llama)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.fill_(torch.nan)
+    blocks = Blocks(blocks_file, "train", 500)
+    with pytest.raises(InputError, match="holds no finite activation at site 0"):
+        write_cache(tmp_path / "c", wrap(model, tokenizer), blocks, cache_config, identity={}, bos=0, pad=1)
 
 
 def test_reading_skips_rows_above_the_threshold(caches, tmp_path):

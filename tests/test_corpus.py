@@ -81,6 +81,17 @@ def test_blocks_hold_every_token_in_order_and_lead_back_to_the_text(documents, t
     assert summary["characters"].sum() == split["text"].str.len_chars().sum()
 
 
+def test_no_block_holds_a_special_token_that_a_text_spells(tokenizer):
+    text = "<s>begins</s> and <pad></s></s><s> goes on, as many words as a block needs"
+    split = table([text] * 3).with_columns(
+        pl.lit("train").alias("split"), pl.int_range(3, dtype=pl.Int32).alias("document")
+    )
+    blocks = token_blocks(split, tokenizer, CONFIG)
+    ids = blocks.filter(document=0)["tokens"].explode().to_list()
+    assert not set(ids) & set(tokenizer.all_special_ids)
+    assert tokenizer.decode(ids) == text[: len(tokenizer.decode(ids))]
+
+
 def test_batches_are_right_padded_after_a_bos(blocks_file):
     blocks = Blocks(blocks_file, "train", 500, seed=1)
     assert blocks.tokens <= 500

@@ -1,5 +1,7 @@
 """Models come from folders, from the hub's own cache layout, and never from pickles."""
 
+import copy
+import json
 import shutil
 
 import pytest
@@ -8,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from trimtab.errors import InputError
 from trimtab.pretrained import (
+    end_tokens,
     fetch_model,
     hub_trouble,
     load_model,
@@ -33,6 +36,30 @@ def test_a_fetched_folder_gives_the_same_logits_and_says_where_it_came_from(mode
     assert described.source == str(model_folder)
     assert load_tokenizer(tmp_path / "copy")("abc")["input_ids"] == load_tokenizer(model_folder)("abc")["input_ids"]
     assert tokenizer_digest(tmp_path / "copy") == tokenizer_digest(model_folder)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "own", "ends"),
+    [
+        ({"eos_token_id": [7, 5]}, {"eos_token_id": 9}, 1, [1, 5, 7]),
+        ({"eos_token_id": 7}, {}, 1, [1, 7]), ({}, {}, 1, [1]),
+        (None, {"eos_token_id": [3, 4]}, None, [3, 4]), (None, {}, 2, [2]), ({"eos_token_id": 5}, {}, None, [5]),
+    ],
+)  # fmt: skip
+def test_every_token_that_ends_a_text_is_known(generation, config, own, ends, tokenizer, tmp_path):
+    for name, content in (("generation_config", generation), ("config", config)):
+        if content is not None:
+            (tmp_path / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    mine = copy.deepcopy(tokenizer)
+    mine.eos_token = None if own is None else mine.convert_ids_to_tokens(own)
+    assert end_tokens(tmp_path, mine) == ends
+
+
+def test_a_model_that_never_ends_is_refused(tokenizer, tmp_path):
+    mine = copy.deepcopy(tokenizer)
+    mine.eos_token = None
+    with pytest.raises(InputError, match="names no token that ends a text"):
+        end_tokens(tmp_path, mine)
 
 
 def test_the_hub_path_resolves_a_pinned_revision(model_folder, tmp_path, monkeypatch):

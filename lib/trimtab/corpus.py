@@ -113,7 +113,8 @@ def deduplicate(documents: pl.DataFrame) -> tuple[pl.DataFrame, int]:
 
 
 def token_blocks(documents: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", config: CorpusConfig) -> pl.DataFrame:
-    """Cut each document into blocks of token ids; no block crosses a document, and none holds special tokens.
+    """Cut each document into blocks of token ids; no block crosses a document, and none holds special tokens:
+    "</s>" in a text is four characters.
 
     Columns: `split`, `document` (int32), `start` (int32, first token's index in its document), `length` (int32),
     `tokens` (list of int32), `char_start` and `char_end` (lists of int32: offsets into the document's `text`).
@@ -123,8 +124,9 @@ def token_blocks(documents: pl.DataFrame, tokenizer: "PreTrainedTokenizerBase", 
         # Some documents at a time: as Python lists, the ids of a large corpus would not fit in memory.
         for some in documents.select("split", "document", "text").iter_slices(1000):
             encoded = tokenizer(
-                some["text"].to_list(), add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
+                some["text"].to_list(), add_special_tokens=False, split_special_tokens=True, verbose=False,
+                return_offsets_mapping=True,
+            )  # fmt: skip
             rows: list[Block] = []
             for split, document, ids, offsets in zip(
                 some["split"], some["document"], encoded["input_ids"], encoded["offset_mapping"], strict=True

@@ -122,6 +122,22 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise InputError(f"{path} holds no tokenizer that loads: {_said(error)}") from error
 
 
+def end_tokens(folder: str | Path, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Ids of the tokens that end a text of the model: its generation configuration's, for chat models end a turn with
+    tokens of their own, and the tokenizer's. Raises InputError where there are none."""
+    found = {tokenizer.eos_token_id}
+    for name in ("generation_config.json", "config.json"):
+        if (path := Path(folder) / name).is_file():
+            given = read_json(path).get("eos_token_id")
+            found |= set(given) if isinstance(given, list) else {given}
+            break
+    if not (ends := sorted(int(token) for token in found if token is not None)):
+        raise InputError(
+            f"{folder} names no token that ends a text: put `eos_token_id` into its generation_config.json."
+        )
+    return ends
+
+
 def model_source(folder: str | Path) -> ModelSource:
     """What `fetch_model` recorded about a folder."""
     return read_source(Path(folder) / SOURCE_FILE, ModelSource)

@@ -47,7 +47,7 @@ def stepped(policy, ids=IDS):
 def whole(policy, ids=IDS):
     """The same from one pass without a cache, through nnsight."""
     hidden = policy.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1]).expand(len(ids), -1))[:, PREFIX:]
-    return hidden, policy.unembedding(hidden)
+    return hidden, policy.logits(hidden)
 
 
 VECTORS = torch.randn(3, 48, generator=torch.Generator().manual_seed(1))

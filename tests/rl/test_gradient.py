@@ -1,5 +1,6 @@
 """Rollouts, advantages and the policy gradient against definitions: whole passes, enumeration, finite differences."""
 
+import copy
 import itertools
 import math
 
@@ -12,6 +13,7 @@ from trimtab.epochs import batch_of
 from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.rl import advantages as adv
+from trimtab.rl.adapters import inject_lora
 from trimtab.rl.config import RLConfig
 from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
 from trimtab.rl.policy import Policy
@@ -51,7 +53,7 @@ def log_probs_one_by_one(policy, rollouts, temperature):
         prompt, generated = rollouts.prompts[p], rollouts.completion(p, m, end=True)
         ids = torch.tensor([prompt + generated])
         hidden = policy.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1])[None])
-        logits = policy.unembedding(hidden)[0, len(prompt) - 1 : -1] / temperature
+        logits = policy.logits(hidden)[0, len(prompt) - 1 : -1] / temperature
         found = found.index_put(
             (torch.tensor(p), torch.tensor(m), torch.arange(len(generated))),
             logits.log_softmax(1)[range(len(generated)), generated],
@@ -102,7 +104,7 @@ class TestRollouts:
         ids = torch.tensor([PROMPTS[0]])
         with torch.no_grad():
             hidden = policy.hidden(ids, torch.ones_like(ids), torch.arange(4)[None])
-            p = policy.unembedding(hidden)[0, -1].softmax(0)
+            p = policy.logits(hidden)[0, -1].softmax(0)
         seen = torch.bincount(got.completions[0, :, 0], minlength=258) / 4000
         top = p.topk(20).indices
         assert (seen[top] - p[top]).abs().max() < 5 * math.sqrt(0.25 / 4000)
@@ -222,6 +224,14 @@ class TestGradient:
         with torch.no_grad():
             vectors.weight.zero_()
         assert optimise(policy, torch.optim.SGD(vectors.parameters(), lr=0.0), got, torch.zeros(3, 3), config) < 1e-6
+
+    def test_a_penalty_without_a_model_to_go_back_to_is_refused(self, tiny_llama, tokenizer):
+        """Adapters change the model itself: taken to itself, the penalty would be 0 without a word."""
+        wrapped = wrap(copy.deepcopy(tiny_llama), tokenizer)
+        policy = Policy(wrapped, inject_lora(wrapped, ["down_proj"], 1, seed=0))
+        config = RLConfig(kl=0.1)
+        with pytest.raises(InputError, match="give a frozen copy as `base`"):
+            optimise(policy, torch.optim.SGD(policy.trained.values(), lr=0.0), drawn(policy), torch.zeros(3, 3), config)
 
     def test_several_steps_on_a_batch_start_from_ratio_one(self, steered):
         policy, vectors = steered

@@ -52,7 +52,7 @@ def expected_reward(policy):
     """The mean of `wanted` under a policy, exactly: one pass, no draws."""
     ids = torch.tensor(PROMPTS)
     hidden = policy.hidden(ids, torch.ones_like(ids), torch.arange(3).expand(len(ids), -1))
-    return policy.unembedding(hidden[:, -1]).float().softmax(1)[:, 1::4].sum(1).mean().item()
+    return policy.logits(hidden[:, -1]).float().softmax(1)[:, 1::4].sum(1).mean().item()
 
 
 RATES = {"full": 0.02, "lora-1": 0.1, "lora-4": 0.1}

@@ -170,7 +170,10 @@ def _finish(
     means: dict[str, Tensor] = {}
     for column, site in enumerate(sites):
         key, site_norms = f"layers.{site}", norms[:, column]
-        median = float(site_norms.median())
+        finite = site_norms[site_norms.isfinite()]  # a row that is not is left out, as one far too long is
+        if not len(finite):
+            raise InputError(f"{folder} holds no finite activation at site {site}: try another `compute_dtype`.")
+        median = float(finite.median())
         taken = reference.manifest["sites"][str(site)] if reference else None
         threshold = taken["threshold"] if taken else OUTLIER_FACTOR * median
         kept = int((site_norms <= threshold).sum())
@@ -179,7 +182,7 @@ def _finish(
             scale = taken["scale"]
         else:
             means[key], scale = _mean_and_scale(handles, shards, key, column, threshold)
-        found = SiteStatistics(median, float(site_norms.max()), threshold, len(site_norms) - kept, kept, scale)
+        found = SiteStatistics(median, float(finite.max()), threshold, len(site_norms) - kept, kept, scale)
         statistics[str(site)] = asdict(found)
     save_tensors(folder / "means.safetensors", means)
     rows = sum(shard["rows"] for shard in shards)

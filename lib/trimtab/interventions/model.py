@@ -26,7 +26,7 @@ BLOCK_PATHS = (
     "model.decoder.layers",
 )
 # What the norm between the last block and the unembedding is called, beside the blocks.
-FINAL_NORMS = ("norm", "ln_f", "final_layer_norm")
+FINAL_NORMS = ("norm", "ln_f", "final_layer_norm", "final_layernorm")
 
 
 def wrap(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
@@ -42,11 +42,21 @@ def device_of(wrapped: TransformersModel) -> torch.device:
 
 def blocks_of(wrapped: TransformersModel) -> Any:
     """The decoder blocks, as nnsight's envoys, in order."""
+    return getattr(decoder_of(wrapped), _block_path(wrapped).rpartition(".")[2])
+
+
+def decoder_of(wrapped: TransformersModel) -> Any:
+    """What holds the decoder blocks, as nnsight's envoy."""
+    return functools.reduce(getattr, _block_path(wrapped).split(".")[:-1], wrapped)
+
+
+def _block_path(wrapped: TransformersModel) -> str:
     for path in BLOCK_PATHS:
         try:
-            return functools.reduce(getattr, path.split("."), wrapped)
+            functools.reduce(getattr, path.split("."), wrapped)
         except AttributeError:
             continue
+        return path
     raise InputError(
         f"{type(wrapped._module).__name__} keeps its decoder blocks in an unknown place; "
         f"known are {', '.join(BLOCK_PATHS)}."
@@ -55,18 +65,33 @@ def blocks_of(wrapped: TransformersModel) -> Any:
 
 def final_norm(wrapped: TransformersModel) -> Any:
     """The norm between the last block and the unembedding, as nnsight's envoy."""
-    for path in BLOCK_PATHS:
-        try:
-            parent = functools.reduce(getattr, path.split(".")[:-1], wrapped)
-        except AttributeError:
-            continue
-        for name in FINAL_NORMS:
-            if (norm := getattr(parent, name, None)) is not None:
-                return norm
+    for name in FINAL_NORMS:
+        if (norm := getattr(decoder_of(wrapped), name, None)) is not None:
+            return norm
     raise InputError(
         f"{type(wrapped._module).__name__} keeps its final norm in an unknown place; "
         f"known are {', '.join(FINAL_NORMS)}, beside the blocks."
     )
+
+
+def attention_of(wrapped: TransformersModel) -> tuple[bool, int | None]:
+    """(whether some layers attend to all earlier tokens, how many tokens the others attend to: None without such).
+
+    Raises InputError for a model with layers of another kind: recurrent ones, and those that attend in chunks.
+    """
+    config = wrapped._module.config.get_text_config()
+    window = getattr(config, "sliding_window", None)
+    kinds = set(getattr(config, "layer_types", None) or [FULL if window is None else SLIDING])
+    if kinds - {FULL, SLIDING} or getattr(wrapped._module, "_is_stateful", False):
+        kind = ", ".join(sorted(kinds - {FULL, SLIDING})) or "recurrent"
+        raise InputError(
+            f"{type(wrapped._module).__name__} has {kind} layers, which no mask can keep apart: only models that "
+            "attend to all tokens, or within a window, can be used here."
+        )
+    return FULL in kinds, window if SLIDING in kinds else None
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def hidden_of(output: Tensor | tuple[Any, ...]) -> Tensor:

@@ -1,26 +1,69 @@
-"""From the residual stream to logits, after any block as after the last; and the text of a token."""
+"""From hidden states to the model's own logits, after the last block or after any; and the text of a token."""
+
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Float, Int
 from nnsight import TransformersModel
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from trimtab.errors import InputError
 from trimtab.interventions.model import blocks_of, device_of, final_norm, hidden_of
+from trimtab.interventions.steering import final_hidden
 
 SLACK = 0.05
 """How far the last block's readout may be from the model's own logits, as a share of the largest: low precision."""
 
 
+class Head:
+    """From the states after the final norm to the model's own logits: the unembedding with its bias, then what the
+    family does to them. Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`, Gemma caps them at
+    c = `final_logit_softcapping`, c tanh(logits / c)."""
+
+    def __init__(self, view: TransformersModel) -> None:
+        """Raises InputError for a model that does something else with its logits."""
+        config = view._module.config.get_text_config()
+        self.unembedding: Any = view._module.get_output_embeddings()
+        self.scale: float = getattr(config, "logit_scale", 1.0) / getattr(config, "logits_scaling", 1.0)
+        """What the unembedding's output is multiplied by."""
+        self.cap: float | None = getattr(config, "final_logit_softcapping", None)
+        if view._module not in _KNOWN:
+            self._check(view)
+            _KNOWN[view._module] = True
+
+    def __call__(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
+        """In the model's own dtype, with gradients where they are enabled."""
+        logits = self.unembedding(hidden)
+        logits = logits if self.scale == 1 else logits * self.scale
+        return logits if self.cap is None else torch.tanh(logits / self.cap) * self.cap
+
+    @torch.no_grad()
+    def _check(self, view: TransformersModel) -> None:
+        ids = torch.arange(4, device=device_of(view))[None] % view._module.config.get_text_config().vocab_size
+        own = view._module(input_ids=ids, use_cache=False).logits
+        model = TransformersModel(view._module, task="text-generation", tokenizer=view.tokenizer)  # without edits
+        found = self(final_hidden(model, ids, torch.ones_like(ids), torch.arange(4, device=ids.device)[None]))
+        if found.shape != own.shape or not (found - own).abs().max() <= SLACK * own.abs().max():
+            raise InputError(
+                f"{type(view._module).__name__} does more between its final norm and its logits than unembedding, "
+                "logits_scaling, logit_scale and final_logit_softcapping: its logits cannot be formed here."
+            )
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""Models whose logits `Head` is known to form."""
+
+
 class Readout:
-    """cap(unembedding(final_norm(h))), with the cap c tanh(logits / c) where the model's configuration has one."""
+    """The logit lens: head(final_norm(h)), with the model's own `Head`."""
 
     def __init__(self, view: TransformersModel) -> None:
         self.view = view
         self.norm = final_norm(view)._module
-        self.unembedding = view._module.get_output_embeddings()
-        self.cap: float | None = getattr(view._module.config.get_text_config(), "final_logit_softcapping", None)
+        self.head = Head(view)
+        self.unembedding = self.head.unembedding
 
     @property
     def vocabulary(self) -> int:
@@ -30,8 +73,7 @@ class Readout:
     @torch.no_grad()
     def __call__(self, residual: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
         """Logits, computed in the model's own dtype and returned in fp32."""
-        logits = self.unembedding(self.norm(residual)).float()
-        return logits if self.cap is None else self.cap * torch.tanh(logits / self.cap)
+        return self.head(self.norm(residual)).float()
 
     def residuals(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Int[Tensor, "batch seq"]
@@ -50,8 +92,8 @@ class Readout:
         error = (self(found[-1][:, -1]) - logits.float()).abs().max()
         if not error <= SLACK * logits.abs().max():
             raise InputError(
-                f"{type(self.view._module).__name__} does more between its last block and its logits than final norm, "
-                "unembedding and final_logit_softcapping: the logit lens does not fit it."
+                f"{type(self.view._module).__name__} does more between its last block and its logits than final norm "
+                "and head: the logit lens does not fit it."
             )
         return found
 

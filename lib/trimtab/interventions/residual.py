@@ -12,6 +12,8 @@ from nnsight import TransformersModel
 from torch import Tensor
 
 from trimtab.interventions.model import blocks_of, check_sites, device_of, final_norm, hidden_of
+from trimtab.interventions.readout import Head
+from trimtab.interventions.steering import add_at, additions_of
 
 
 def capture(
@@ -25,15 +27,20 @@ def capture(
     Activations come in the model's own dtype, detached, on its device. Raises InputError for a site that the model
     does not have.
     """
-    blocks = blocks_of(wrapped)
+    model, additions = additions_of(wrapped)
+    blocks = blocks_of(model)
     check_sites(sites, len(blocks))
-    chosen = [blocks[site] for site in sites]
-    deepest = blocks[max(sites)]
-    with torch.inference_mode(), wrapped.trace(_inputs(input_ids, attention_mask)) as tracer:
-        cache = tracer.cache(modules=chosen, device=None).save()
-        deepest.output  # noqa: B018 (wait for this block, then leave the forward)
+    visited = sorted({layer for each in additions for layer in each.layers if layer <= max(sites)} | set(sites))
+    found: dict[int, Any] = {}
+    with torch.inference_mode(), model.trace(_inputs(input_ids, attention_mask)) as tracer:
+        added = [each.vectors() for each in additions]
+        for layer in visited:
+            add_at(blocks, layer, additions, added)
+            if layer in sites:
+                hidden: Any = hidden_of(blocks[layer].output)
+                found[layer] = hidden.save()
         tracer.stop()
-    return {site: hidden_of(cache[block.path].output) for site, block in zip(sites, chosen, strict=True)}
+    return {site: found[site].detach() for site in sites}
 
 
 def resume(
@@ -49,15 +56,20 @@ def resume(
     then costs only the blocks above. In the model's own dtype. Raises InputError for a site that the model does not
     have.
     """
-    blocks = blocks_of(wrapped)
+    model, additions = additions_of(wrapped)
+    blocks = blocks_of(model)
     check_sites([site], len(blocks))
     inputs = _inputs(input_ids, attention_mask)
-    output = _like_a_block(wrapped, input_ids, residual)
+    output = _like_a_block(model, input_ids, residual)
+    above = sorted({layer for each in additions for layer in each.layers if layer > site})
     # Skipped blocks would leave holes in a key-value cache.
-    with torch.inference_mode(), wrapped.trace(inputs, use_cache=False):
+    with torch.inference_mode(), model.trace(inputs, use_cache=False):
         for block in blocks[: site + 1]:
             block.skip(output)
-        logits = wrapped.output.logits.save()
+        added = [each.vectors() for each in additions]
+        for layer in above:
+            add_at(blocks, layer, additions, added)
+        logits = model.output.logits.save()
     return logits
 
 
@@ -88,8 +100,8 @@ def direct_logits(wrapped: TransformersModel, directions: Float[Tensor, "n d_mod
     # At a root mean square of 1 the norm multiplies by its gain alone, however its family writes the gain down.
     length = directions.square().mean(dim=1, keepdim=True).sqrt().clamp(min=1e-12)
     unit, zero = (torch.func.functional_call(norm, weights, x) for x in (directions / length, 0 * directions))
-    unembedding = wrapped._module.get_output_embeddings().weight
-    logits = (unit - zero) * length @ unembedding.float().T
+    head = Head(wrapped)
+    logits = (unit - zero) * length @ head.unembedding.weight.float().T * head.scale
     return logits - logits.mean(dim=1, keepdim=True)
 
 

@@ -40,7 +40,7 @@ def accumulate(
     for start in range(0, len(target), HEAD_TOKENS):
         chunk = slice(start, min(start + HEAD_TOKENS, len(target)))
         with torch.set_grad_enabled(loss is not None):
-            logits = policy.unembedding(leaf[chunk])
+            logits = policy.logits(leaf[chunk])
         found.append(target_log_probs(logits.detach(), target[chunk]))
         if loss is not None:
             value = loss(logits, chunk)

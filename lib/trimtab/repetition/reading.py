@@ -169,7 +169,7 @@ def logits_of(policy: Policy) -> Callable[[Int[Tensor, " seq"]], Float[Tensor, "
         ids = row[None].to(policy.device)
         places = torch.arange(len(row), device=policy.device)[None]
         with torch.no_grad():
-            return policy.unembedding(policy.hidden(ids, torch.ones_like(ids), places)[0]).float()
+            return policy.logits(policy.hidden(ids, torch.ones_like(ids), places)[0]).float()
 
     return logits
 

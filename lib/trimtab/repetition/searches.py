@@ -35,7 +35,7 @@ class Growth:
     def logits(self, hidden: Float[Tensor, "rows d_model"]) -> Float[Tensor, "rows vocab"]:
         """Of the token after these states, in fp32. Asked for once a step, so the bar moves."""
         self.bar.update(self.texts)
-        return (self.policy.unembedding if self.step is None else self.step.logits)(hidden).float()
+        return (self.policy.logits if self.step is None else self.step.logits)(hidden).float()
 
 
 def beam(growth: Growth, ids: Int[Tensor, "texts prefix"], tokens: int, width: int) -> Int[Tensor, "texts whole"]:

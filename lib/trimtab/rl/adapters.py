@@ -1,5 +1,6 @@
 """What policies are made of: a frozen model, and LoRA's factors in it."""
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -7,6 +8,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor
 
+from trimtab.errors import InputError
 from trimtab.interventions import wrap
 from trimtab.pretrained import load_model, load_tokenizer
 
@@ -19,6 +21,22 @@ def frozen_model(folder: str, *, dtype: str, device: str) -> "TransformersModel"
     model = load_model(folder, dtype=dtype, device=device)
     model.requires_grad_(False)
     return wrap(model, load_tokenizer(folder))
+
+
+DOWN = ("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "fc2", "mlp.dense_4h_to_h")
+"""What families call the last linear layer of a block's MLP: Llama and its kin, GPT-2, Phi, OPT, NeoX and Falcon."""
+
+
+def down_projections(wrapped: "TransformersModel") -> list[str]:
+    """Full names of the last linear layer of every block's MLP. Raises InputError for a model that keeps it
+    elsewhere."""
+    names = [name for name, _ in wrapped._module.named_modules()]
+    for known in DOWN:
+        if found := [name for name in names if re.search(rf"\.\d+\.{re.escape(known)}$", name)]:
+            return found
+    raise InputError(
+        f"{type(wrapped._module).__name__} keeps its down projections in an unknown place; known are {', '.join(DOWN)}."
+    )
 
 
 def inject_lora(wrapped: "TransformersModel", modules: str | Sequence[str], rank: int, seed: int) -> dict[str, Tensor]:

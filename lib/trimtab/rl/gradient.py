@@ -7,14 +7,18 @@ prompt is computed once; the unembedding runs on completion tokens only, a few h
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from trimtab.errors import InputError
+from trimtab.interventions import Head
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts
 from trimtab.rl.shapes import whole_blocks
+from trimtab.rows import first_line
 
 HEAD_TOKENS = 64
 """Completion tokens whose logits exist at one time, a whole number of blocks of `rl.shapes`."""
@@ -89,6 +93,45 @@ def pack(rollouts: Rollouts, prompts: Sequence[int]) -> Packed:
     )  # fmt: skip
 
 
+@torch.no_grad()
+def check_packing(policy: Policy) -> None:
+    """Raise InputError unless the model computes packed rows as it computes each text alone, tried on a few tokens.
+    Models that take positions from the mask, as with ALiBi, do not."""
+    if policy.view._module in _PACKABLE:
+        return
+    size = policy.view._module.config.get_text_config().vocab_size
+    completions = torch.arange(12).view(2, 2, 3) * 7 % size
+    mask = torch.ones(2, 2, 3, dtype=torch.bool)
+    mask[0, 1, 2] = mask[1, 0, 1] = mask[1, 0, 2] = False
+    nothing = torch.zeros(2, 2, 3)
+    drawn = Rollouts([[i % size for i in (1, 2, 3)], [4 % size]], completions, mask, mask[:, :, 0], nothing, nothing)
+    name = type(policy.view._module).__name__
+    try:
+        packed = pack(drawn, [0, 1])
+        apart = token_log_probs(policy, packed, 1.0) - torch.cat([_alone(policy, drawn, p, m) for p, m in PLACES])
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(f"{name} takes no pattern of attention, which training needs: {first_line(error)}") from error
+    if not apart.abs().max() <= (1e-3 if policy.view._module.dtype == torch.float32 else 0.3):
+        raise InputError(
+            f"{name} computes completions packed beside one another otherwise than alone (log-probabilities differ by "
+            f"{apart.abs().max():.2g}), so it cannot be trained here."
+        )
+    _PACKABLE[policy.view._module] = True
+
+
+PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
+_PACKABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+
+
+def _alone(policy: Policy, drawn: Rollouts, prompt: int, member: int) -> Float[Tensor, " tokens"]:
+    """log p of one completion's tokens, in a pass of its own."""
+    generated = torch.tensor(drawn.completion(prompt, member, end=True), device=policy.device)
+    ids = torch.cat([torch.tensor(drawn.prompts[prompt], device=policy.device), generated])[None]
+    hidden = policy.hidden(ids, torch.ones_like(ids), torch.arange(ids.shape[1], device=policy.device)[None])
+    logits = policy.logits(hidden[0, -len(generated) - 1 : -1]).float()
+    return logits.log_softmax(dim=1).gather(1, generated[:, None])[:, 0]
+
+
 def token_log_probs(
     policy: Policy, packed: Packed, temperature: float, *, reference: bool = False
 ) -> Float[Tensor, " tokens"]:
@@ -96,8 +139,9 @@ def token_log_probs(
     with torch.no_grad():
         flat = _predicting(policy, packed, reference=reference)
         target = packed.target.to(flat.device)
+        head = policy.reference_logits if reference else policy.logits
         chunks = [
-            _log_probs(policy, hidden, chosen, temperature)
+            _log_probs(head, hidden, chosen, temperature)
             for hidden, chosen in zip(flat.split(HEAD_TOKENS), target.split(HEAD_TOKENS), strict=True)
         ]
     return torch.cat(chunks)
@@ -120,7 +164,7 @@ def accumulate(
     total = 0.0
     for start in range(0, len(target), HEAD_TOKENS):
         chunk = slice(start, min(start + HEAD_TOKENS, len(target)))
-        value = loss(_log_probs(policy, leaf[chunk], target[chunk], temperature), chunk)
+        value = loss(_log_probs(policy.logits, leaf[chunk], target[chunk], temperature), chunk)
         value.backward()
         total += value.item()
     if flat.requires_grad and leaf.grad is not None:
@@ -153,10 +197,10 @@ def _predicting(policy: Policy, packed: Packed, *, reference: bool = False) -> F
 
 
 def _log_probs(
-    policy: Policy, hidden: Float[Tensor, "tokens d_model"], target: Int[Tensor, " tokens"], temperature: float
+    head: Head, hidden: Float[Tensor, "tokens d_model"], target: Int[Tensor, " tokens"], temperature: float
 ) -> Float[Tensor, " tokens"]:
     filled = nn.functional.pad(hidden, (0, 0, 0, whole_blocks(len(hidden)) - len(hidden)))
-    return _TargetLogProbs.apply(policy.unembedding(filled)[: len(hidden)], target, temperature)
+    return _TargetLogProbs.apply(head(filled)[: len(hidden)], target, temperature)
 
 
 class _TargetLogProbs(torch.autograd.Function):

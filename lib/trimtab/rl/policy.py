@@ -5,14 +5,17 @@ they are. One engine serves rollouts and gradients, so that the two agree about 
 """
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.cache_utils import Cache
 
-from trimtab.interventions import device_of, final_hidden
+from trimtab.errors import InputError
+from trimtab.interventions import Head, device_of, final_hidden
+from trimtab.interventions.model import attention_of
 
 if TYPE_CHECKING:
     from nnsight import TransformersModel
@@ -26,6 +29,7 @@ class Policy:
     ) -> None:
         self.view = view
         self.base = base or view
+        attention_of(view)  # which refuses what no mask can keep apart
         if self.device.type == "cpu":
             # A third faster there in bf16 than torch's fused attention, backwards and in decoding, at these lengths.
             for model in (self.view, self.base):
@@ -39,10 +43,15 @@ class Policy:
         """Where its inputs must be."""
         return device_of(self.view)
 
-    @property
-    def unembedding(self) -> nn.Module:
-        """Final hidden states to logits."""
-        return self.view._module.get_output_embeddings()
+    @cached_property
+    def logits(self) -> Head:
+        """Final hidden states to the model's own logits."""
+        return Head(self.view)
+
+    @cached_property
+    def reference_logits(self) -> Head:
+        """The same of the model as it was before training, whose unembedding may be another."""
+        return Head(self.base)
 
     def hidden(
         self,
@@ -57,7 +66,10 @@ class Policy:
     def reference_hidden(
         self, input_ids: Int[Tensor, "batch seq"], attention_mask: Tensor, position_ids: Int[Tensor, "batch seq"]
     ) -> Float[Tensor, "batch seq d_model"]:
-        """The same of the model as it was before training: what a KL penalty is taken to."""
+        """The same of the model as it was before training: what a KL penalty is taken to. Raises InputError where
+        that is the model which is trained."""
+        if self.base is self.view and self.trained:
+            raise InputError("A KL penalty needs the model as it was before training: give a frozen copy as `base`.")
         return final_hidden(self.base, input_ids, attention_mask, position_ids)
 
     def collect_gradients(self) -> None:
@@ -79,12 +91,6 @@ class FullPolicy(Policy):
             weight.requires_grad_()
         masters = {name: weight.detach().float().clone() for name, weight in self.weights.items()}
         super().__init__(wrapped, masters, base)
-
-    def reference_hidden(self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor) -> Tensor:
-        """Of the untouched copy given as `base`."""
-        if self.base is self.view:
-            raise ValueError("A KL penalty against full tuning needs a second, frozen copy of the model as `base`.")
-        return super().reference_hidden(input_ids, attention_mask, position_ids)
 
     def collect_gradients(self) -> None:
         """Move the model's gradients to the master copies."""

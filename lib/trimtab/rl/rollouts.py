@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from trimtab.interventions.model import attention_of
 from trimtab.rl.cache import RoomyCache
 from trimtab.rl.policy import Policy
 from trimtab.rl.shapes import whole_blocks
@@ -59,7 +60,9 @@ def rollout(
     """
     device = policy.device
     rows, longest = len(prompts) * group, max(map(len, prompts))
-    cache, shared = RoomyCache(longest + max_new_tokens), _shared(prompts)
+    # Windows count padding, which must then stand before everything else.
+    shared = 0 if attention_of(policy.view)[1] else _shared(prompts)
+    cache = RoomyCache(longest + max_new_tokens)
     if shared:
         ids = torch.tensor([list(prompts[0][:shared])], device=device)
         policy.hidden(ids, torch.ones_like(ids), torch.arange(shared, device=device)[None], cache)
@@ -84,7 +87,7 @@ def rollout(
     active = torch.arange(rows)  # rows that are still in the batch
     live = torch.ones(rows, dtype=torch.bool)  # which of them have not ended
     for t in range(max_new_tokens):
-        token, log_prob, uncertainty = _next(policy.unembedding(hidden), temperature, generator)
+        token, log_prob, uncertainty = _next(policy.logits(hidden), temperature, generator)
         writing = active[live]
         out[writing, t] = token[live, 0]
         mask[writing, t] = True

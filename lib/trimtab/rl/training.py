@@ -19,7 +19,7 @@ from trimtab.errors import InputError
 from trimtab.identity import machine
 from trimtab.rl.advantages import ESTIMATORS, informative
 from trimtab.rl.config import RLConfig
-from trimtab.rl.gradient import Terms, accumulate, pack, surrogate, token_log_probs
+from trimtab.rl.gradient import Terms, accumulate, check_packing, pack, surrogate, token_log_probs
 from trimtab.rl.policy import Policy
 from trimtab.rl.rollouts import Rollouts, rollout
 
@@ -84,6 +84,7 @@ def train(
     the run should continue: if not, it ends there, and its checkpoint, which takes seconds for a whole model, is not
     written. At the end `policy.training_bytes` has the bytes of trained parameters, gradients and optimiser state.
     """
+    check_packing(policy)
     parameters = list(policy.trained.values())
     for parameter in parameters:
         parameter.requires_grad_()

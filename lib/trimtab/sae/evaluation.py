@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import polars as pl
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
@@ -128,12 +129,22 @@ def calibrate(sae: SAE, cache: ActivationCache, budgets: Sequence[int]) -> dict[
     It is what makes an SAE usable one token at a time at any k, rows taking as many latents as they need (the inference
     of BatchTopK, Bussmann et al. 2024). `SAE.encode(x, threshold=...)` reads with it.
     """
-    width = min(4 * max(budgets), sae.latents)
-    device = sae.W_dec.device
-    values = torch.cat([sae.encode(chunk["x"].to(device), width).values.cpu() for chunk in cache.read()])
-    flat = values.flatten().sort(descending=True).values
-    # Strictly above the next smaller one: exactly rows * k are, but for ties.
-    return {k: float(flat[min(len(values) * k, len(flat) - 1)]) for k in budgets}
+    width, device = min(4 * max(budgets), sae.latents), sae.W_dec.device
+    while True:
+        values = torch.cat([_largest(sae, chunk["x"].to(device), width).cpu() for chunk in cache.read()])
+        flat = values.flatten().sort(descending=True).values
+        # Strictly above the next smaller one: exactly rows * k are, but for ties.
+        found = {k: float(flat[min(len(values) * k, len(flat) - 1)]) for k in budgets}
+        # A row whose last value is above a threshold may have more above it: look further.
+        if width == sae.latents or not bool((values[:, -1] > min(found.values())).any()):
+            return found
+        width = min(2 * width, sae.latents)
+
+
+def _largest(sae: SAE, x: Float[Tensor, "batch d_model"], width: int) -> Float[Tensor, "batch {width}"]:
+    """The `width` largest activations of each row; zeros where fewer are active."""
+    values = sae.encode(x, width).values
+    return F.pad(values, (0, width - values.shape[1]))
 
 
 @torch.inference_mode()

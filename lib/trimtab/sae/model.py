@@ -1,5 +1,6 @@
 """A sparse autoencoder whose sparsity is chosen when it is read: encode to the k largest latents, decode any prefix."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,21 +21,21 @@ FORMAT = 1
 class Latents(NamedTuple):
     """The active latents of each row, largest first; every prefix is the code at a smaller budget."""
 
-    values: Float[Tensor, "batch k"]
+    values: Float[Tensor, "*rows k"]
     """Non-negative activations in descending order; zeros fill rows that have fewer."""
-    indices: Int[Tensor, "batch k"]
+    indices: Int[Tensor, "*rows k"]
     """Which latent each is."""
 
     def prefix(self, k: int) -> "Latents":
         """The k largest."""
-        return Latents(self.values[:, :k], self.indices[:, :k])
+        return Latents(self.values[..., :k], self.indices[..., :k])
 
     def descending(self) -> "Latents":
         """The same latents, largest first: themselves where they are in that order already."""
-        if bool((self.values[:, 1:] <= self.values[:, :-1]).all()):
+        if bool((self.values[..., 1:] <= self.values[..., :-1]).all()):
             return self
-        values, order = self.values.sort(dim=1, descending=True, stable=True)
-        return Latents(values, self.indices.gather(1, order))
+        values, order = self.values.sort(dim=-1, descending=True, stable=True)
+        return Latents(values, self.indices.gather(-1, order))
 
 
 class SAE(nn.Module):
@@ -76,9 +77,15 @@ class SAE(nn.Module):
         """Width of what it reads."""
         return self.W_dec.shape[1]
 
+    def forward(
+        self, x: Float[Tensor, "*rows d_model"], k: int | None = None, *, threshold: float | None = None
+    ) -> Float[Tensor, "*rows d_model"]:
+        """The reconstruction from the latents that `encode` finds."""
+        return self.decode(self.encode(x, k, threshold=threshold))
+
     def encode(
         self,
-        x: Float[Tensor, "batch d_model"],
+        x: Float[Tensor, "*rows d_model"],
         k: int | None = None,
         *,
         threshold: float | None = None,
@@ -86,35 +93,60 @@ class SAE(nn.Module):
     ) -> Latents:
         """The k largest latents of each row, or, with `threshold`, all latents above it, at most k where k is given.
 
-        A threshold lets rows differ in their number of latents; the widest sets the width and zeros fill the others.
-        `dtype`: precision of the matrix product (default: that of the weights).
+        x: any leading dimensions, which the latents keep, and any floating dtype, in which the values come. `dtype`:
+        precision of the matrix product (default: that of the weights). A threshold lets rows differ in their number of
+        latents; the widest sets the width and zeros fill the others; below 0 it is 0. The gradient is that of the
+        values, at x, W_enc and b_enc. A row that holds a NaN has only NaN. Raises InputError for a k, a threshold or a
+        width that cannot be.
         """
+        if x.dim() == 0 or x.shape[-1] != self.d_model or not x.is_floating_point():
+            raise InputError(
+                f"An SAE of width {self.d_model} reads rows of floating-point numbers, (..., {self.d_model}), not "
+                f"{x.dtype} of shape {tuple(x.shape)}."
+            )
         if k is not None and not 1 <= k <= self.latents:
             raise InputError(f"k must lie between 1 and the dictionary's {self.latents} latents, not {k}.")
-        if threshold is not None:
-            bar = x.new_tensor(threshold)
-        elif self.log_threshold is not None:
-            bar = self.log_threshold.exp()
+        if threshold is not None and math.isnan(threshold):
+            raise InputError("threshold must be a number, not NaN.")
+        rows = x.reshape(-1, self.d_model)
+        if threshold is None and self.log_threshold is None:
+            values, indices = kernels.encode(rows, self.W_enc, self.b_enc, k or self.k, dtype)
         else:
-            return Latents(*kernels.encode(x, self.W_enc, self.b_enc, k or self.k, dtype))
-        with torch.no_grad():
-            kind = dtype or self.W_enc.dtype
-            pre = F.linear(x.to(kind), self.W_enc.to(kind), self.b_enc.to(kind))
-            pre = torch.where(pre > bar, pre, 0)
-            widest = max(1, int((pre > 0).sum(dim=1).max()))
-        values, indices = pre.topk(min(k or widest, widest), dim=1)
-        return Latents(values.to(x.dtype), indices)
+            values, indices = self._above(rows, k, threshold, dtype)
+        shape = (*x.shape[:-1], values.shape[1])
+        return Latents(values.view(shape), indices.view(shape))
 
-    def decode(self, latents: Latents) -> Float[Tensor, "batch d_model"]:
-        """b_dec plus the weighted decoder rows of the given latents; only those rows are read."""
-        return weighted_rows(latents, self.W_dec) + self.b_dec
+    def _above(
+        self, x: Float[Tensor, "batch d_model"], k: int | None, threshold: float | None, dtype: torch.dtype | None
+    ) -> tuple[Float[Tensor, "batch k"], Int[Tensor, "batch k"]]:
+        kind = dtype or self.W_enc.dtype
+        pre = F.linear(x.to(kind), self.W_enc.to(kind), self.b_enc.to(kind))
+        with torch.no_grad():
+            if threshold is None and self.log_threshold is not None:
+                bar: Tensor | float = self.log_threshold.exp()
+            else:
+                bar = max(threshold or 0.0, 0.0)
+            active = torch.where(pre > bar, pre, 0)
+            widest = max(1, int((active > 0).sum(dim=1).max())) if len(x) else 1
+            chosen, indices = active.topk(min(k or widest, widest), dim=1)
+            broken = pre.isnan().any(dim=1, keepdim=True)
+        values = torch.where(chosen > 0, pre.gather(1, indices), 0)
+        return torch.where(broken, torch.nan, values).to(x.dtype), indices
+
+    def decode(self, latents: Latents) -> Float[Tensor, "*rows d_model"]:
+        """b_dec plus the weighted decoder rows of the given latents, in the dtype of their values; only those rows are
+        read."""
+        k = latents.values.shape[-1]
+        flat = Latents(latents.values.reshape(-1, k).to(self.W_dec.dtype), latents.indices.reshape(-1, k))
+        x_hat = weighted_rows(flat, self.W_dec) + self.b_dec
+        return x_hat.to(latents.values.dtype).view(*latents.values.shape[:-1], self.d_model)
 
     def fold(self, mean: Float[Tensor, " d_model"], scale: float) -> "SAE":
         """The same SAE for inputs *before* the normalisation (x - mean) * scale that it was trained on.
 
         Latents come out divided by `scale`, reconstructions in the units of the input; directions do not change.
         """
-        folded = SAE(self.d_model, self.latents, self.k, jump=self.log_threshold is not None).to(self.W_dec.device)
+        folded = _blank(self.d_model, self.latents, self.k, self.log_threshold is not None).to(self.W_dec.device)
         with torch.no_grad():
             folded.W_enc.copy_(self.W_enc)
             folded.W_dec.copy_(self.W_dec)
@@ -139,8 +171,9 @@ class SAE(nn.Module):
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:
-        """Scale decoder rows to unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True))
+        """Scale decoder rows to unit norm; a row of zeros has no direction, and stays."""
+        norms = self.W_dec.norm(dim=1, keepdim=True)
+        self.W_dec.div_(torch.where(norms > 0, norms, 1))
 
     def save_pretrained(self, folder: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
         """Write `sae.safetensors` and `config.json` into `folder`, whose other files stay.
@@ -164,7 +197,7 @@ class SAE(nn.Module):
         """Read what `save_pretrained` wrote. Raises InputError where a file is missing or they do not fit together."""
         config = read_config(folder)
         tensors, _ = load_tensors(Path(folder) / WEIGHTS, device)
-        sae = cls(config["d_model"], config["latents"], config["k"], jump=config["activation"] == "jumprelu").to(device)
+        sae = _blank(config["d_model"], config["latents"], config["k"], config["activation"] == "jumprelu").to(device)
         try:
             sae.load_state_dict(tensors)
         except RuntimeError as error:
@@ -173,6 +206,11 @@ class SAE(nn.Module):
             ) from None
         sae.thresholds = {int(k): float(threshold) for k, threshold in config["thresholds"].items()}
         return sae.eval()
+
+
+def _blank(d_model: int, latents: int, k: int, jump: bool) -> SAE:
+    """An SAE whose weights are to be replaced: torch's own generator is left as it was."""
+    return SAE(d_model, latents, k, jump=jump, generator=torch.Generator())
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -211,8 +211,8 @@ def prefix_loss(
     """
     latents = latents.descending()
     weights = torch.zeros(1, latents.values.shape[1] + 1, dtype=sae.W_dec.dtype, device=x.device)
-    for j, weight in budgets.items():
-        weights[0, j] = weight / x.numel()
+    for j, weight in budgets.items():  # where rows have fewer latents, all of them are the prefix
+        weights[0, min(j, latents.values.shape[1])] += weight / x.numel()
     return kernels.prefix_loss(x, latents.values, latents.indices, sae.W_dec, sae.b_dec, weights)
 
 

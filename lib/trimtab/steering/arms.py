@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trimtab.rl.adapters import frozen_model, inject_lora
+from trimtab.rl.adapters import down_projections, frozen_model, inject_lora
 from trimtab.rl.policy import FullPolicy, Policy
 from trimtab.steering.vectors import SteeringVectors
 from trimtab.validation import Span, read_name
@@ -72,7 +72,7 @@ class Arm:
             return Built(FullPolicy(wrapped, base), None)
         if self.name.startswith("lora"):
             base = frozen_model(folder, dtype=dtype, device=device) if reference else None
-            return Built(Policy(wrapped, inject_lora(wrapped, ["down_proj"], number, seed), base), None)
+            return Built(Policy(wrapped, inject_lora(wrapped, down_projections(wrapped), number, seed), base), None)
         if self.name == "steering-last":
             chosen = [layers - 1]
         elif self.name.startswith("steering-layer"):

@@ -37,7 +37,7 @@ def first_tokens(
         attend = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in some])
         positions = (attend.cumsum(1) - 1).clamp(min=0)
         hidden = policy.hidden(ids.to(policy.device), attend.to(policy.device), positions.to(policy.device))[:, -1]
-        total = total + policy.unembedding(hidden).float().softmax(dim=1).sum(dim=0).cpu()
+        total = total + policy.logits(hidden).float().softmax(dim=1).sum(dim=0).cpu()
     assert isinstance(total, Tensor)
     total[list(barred)] = -1.0
     return total.topk(n).indices.tolist()

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from trimtab.checkpoint import Checkpoint, fingerprint, save_tensors
 from trimtab.identity import Identity, identify, machine
-from trimtab.pretrained import load_tokenizer
+from trimtab.pretrained import end_tokens, load_tokenizer
 from trimtab.rl.adapters import frozen_model
 from trimtab.rl.config import RLConfig
 from trimtab.rl.evaluation import GREEDY, answers, summary
@@ -115,8 +115,8 @@ class Bench:
 
     @property
     def end(self) -> list[int]:
-        """Tokens that end a completion: the tokenizer's own."""
-        return [int(self.tokenizer.eos_token_id)]
+        """Tokens that end a completion."""
+        return end_tokens(self.folder, self.tokenizer)
 
     def build(self, seed: int = 0) -> Built:
         """A fresh policy of the arm."""

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from trimtab.checkpoint import atomic, write_json
 from trimtab.errors import InputError
 from trimtab.files import check_path
-from trimtab.interventions import Place, final_hidden, steer, wrap
+from trimtab.interventions import Head, Place, final_hidden, steer, wrap
 from trimtab.pretrained import DTYPES, SOURCE_FILE, load_model, load_tokenizer, model_source, weights_sha256
 from trimtab.steering.export import check_fits, identify
 from trimtab.steering.vectors import SteeringVectors
@@ -145,18 +145,18 @@ def _difference(
     under the view that vectors are trained in, against the folded checkpoint as stock code loads it."""
     original = load_model(source, dtype).float()  # the weights as stored, exactly
     view = steer(wrap(original, load_tokenizer(source)), vectors.layers, lambda: added, vectors.place)
-    steered = _logits(original, view)
+    steered = _logits(view)
     stock = load_model(folded)
-    difference = (_logits(stock, wrap(stock, load_tokenizer(folded))) - steered).abs().max()
+    difference = (_logits(wrap(stock, load_tokenizer(folded))) - steered).abs().max()
     return float(difference / steered.abs().max())
 
 
 @torch.no_grad()
-def _logits(model: PreTrainedModel, view: "TransformersModel") -> Float[Tensor, "batch seq vocabulary"]:
-    """The model's unembedding of the view's final hidden states."""
-    ids = torch.randint(model.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
+def _logits(view: "TransformersModel") -> Float[Tensor, "batch seq vocabulary"]:
+    """The model's own logits of the view's final hidden states."""
+    ids = torch.randint(view._module.config.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     hidden = final_hidden(view, ids, torch.ones_like(ids), torch.arange(ids.shape[1]).expand_as(ids))
-    return model.get_output_embeddings()(hidden)
+    return Head(view)(hidden)
 
 
 def _record(source: Path, folded: Path, vectors: SteeringVectors) -> None:
