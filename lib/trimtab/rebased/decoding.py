@@ -1,5 +1,7 @@
 """Generation from a `LanguageModel`: one pass over the prompt, then a constant cost a token."""
 
+import math
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -21,10 +23,31 @@ def generate(
 ) -> list[list[int]]:
     """New tokens for each prompt (token ids, of any lengths), up to `end`, which is left out.
 
-    Temperature 0 takes the likeliest token. Raises InputError for an empty prompt.
+    Temperature 0 takes the likeliest token. Without dropout, whatever mode the model is in. Raises InputError for an
+    empty prompt, a temperature below 0 and a `top_k` below 1.
     """
     if not prompts or any(not prompt for prompt in prompts):
         raise InputError("generate: every prompt needs at least one token.")
+    if not 0 <= temperature < math.inf:
+        raise InputError(f"generate: `temperature` must be a number of 0 or more, not {temperature}.")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"generate: `top_k` must be at least 1, or None for all tokens, not {top_k}.")
+    training = model.training
+    try:
+        return _generate(model.eval(), prompts, max_new_tokens, temperature, top_k, end, generator)
+    finally:
+        model.train(training)
+
+
+def _generate(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    end: int | None,
+    generator: torch.Generator | None,
+) -> list[list[int]]:
     device = model.embedding.weight.device
     ids, mask = pad_left(prompts)
     cache = model.empty_cache()

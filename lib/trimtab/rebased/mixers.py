@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trimtab.errors import InputError
@@ -17,7 +17,7 @@ from trimtab.rebased.kernels import BASED, REBASED, attention, step
 Cache = dict[str, Tensor]
 """What one mixer carries from token to token; its size does not grow but for softmax without a window."""
 Sequences = Float[Tensor, "batch time d_model"]
-Mask = Bool[Tensor, "batch time"] | None
+Mask = Bool[Tensor, "batch time"] | Int[Tensor, "batch time"] | None
 ARMS = {
     "based": (False, False),
     "rebased": (True, True),
@@ -41,7 +41,7 @@ class BaseConv(nn.Module):
     def forward(self, x: Sequences, mask: Mask = None, cache: Cache | None = None) -> Sequences:
         """See the module's docstring."""
         if mask is not None:
-            x = x * mask[..., None]
+            x = x * mask.bool()[..., None]
         before = x.new_zeros(x.shape[0], self.width - 1, x.shape[2])
         if cache is not None:
             before = cache.get("before", before)
@@ -96,9 +96,11 @@ class PolynomialAttention(nn.Module):
         q = self.mapped(self.q(x), self.gamma_q, self.beta_q)
         k = self.mapped(self.k(x), self.gamma_k, self.beta_k)
         v = self.v(x).unflatten(-1, (self.heads, self.d_v))
+        mask = None if mask is None else mask.bool()
+        learning = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
         if cache is None:
             mixed, _ = attention(q, k, v, self.polynomial, mask=mask)
-        elif "state" in cache and x.shape[1] == 1:
+        elif "state" in cache and x.shape[1] == 1 and mask is None and not learning:
             mixed = step(q[:, 0], k[:, 0], v[:, 0], self.polynomial, self.d_k**-0.5, cache["state"])[:, None]
         else:
             mixed, cache["state"] = attention(q, k, v, self.polynomial, mask=mask, state=cache.get("state"))

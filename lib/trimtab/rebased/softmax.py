@@ -28,7 +28,7 @@ class SoftmaxAttention(nn.Module):
     def forward(self, x: Sequences, mask: Mask = None, cache: Cache | None = None) -> Sequences:
         """See `mixers`. The cache holds keys and values: of the window, or of everything."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask
+        seen = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if mask is None else mask.bool()
         start = 0
         if cache is not None:
             start = int(cache["time"]) if "time" in cache else 0

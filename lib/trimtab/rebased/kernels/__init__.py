@@ -8,9 +8,11 @@
 import importlib
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from trimtab.errors import InputError
 from trimtab.rebased.kernels import chunk
 from trimtab.rebased.kernels.naive import EPS
 from trimtab.rebased.kernels.polynomial import BASED, REBASED, Polynomial, expand
@@ -20,7 +22,7 @@ __all__ = ["BASED", "EPS", "REBASED", "Polynomial", "attention", "empty_state", 
 
 
 def attention(
-    q: Float[Tensor, "batch time heads d_k"],
+    q: Float[Tensor, "batch queries heads d_k"],
     k: Float[Tensor, "batch time heads d_k"],
     v: Float[Tensor, "batch time heads d_v"],
     polynomial: Polynomial = REBASED,
@@ -30,10 +32,28 @@ def attention(
     mask: Bool[Tensor, "batch time"] | None = None,
     state: Float[Tensor, "batch heads features d_v_and_1"] | None = None,
     eps: float = EPS,
-) -> tuple[Float[Tensor, "batch time heads d_v"], Float[Tensor, "batch heads features d_v_and_1"]]:
+) -> tuple[Float[Tensor, "batch queries heads d_v"], Float[Tensor, "batch heads features d_v_and_1"]]:
     """sum_j p(scale q_i.k_j) v_j / (sum_j p(scale q_i.k_j) + eps), and the state after the last token; see
-    `naive.attention`. `scale`: d_k^-1/2 unless given. Differentiable in q, k, v and the state."""
+    `naive.attention`. `scale`: d_k^-1/2 unless given. Differentiable in q, k, v and the state.
+
+    Where attention is not causal, there may be more or fewer queries than keys. Raises InputError for shapes that do
+    not fit.
+    """
+    queries, keys = q.shape[1], k.shape[1]
+    if k.shape[:3] != v.shape[:3] or k.shape[::2] + k.shape[3:] != q.shape[::2] + q.shape[3:]:
+        shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"
+        raise InputError(f"{shapes} do not fit: they are [batch, time, heads, width], alike but for the width of v.")
+    if mask is not None and tuple(mask.shape) != (len(k), keys):
+        raise InputError(f"`mask` has shape {list(mask.shape)}, where keys have {[len(k), keys]}.")
+    if queries != keys:
+        if causal:
+            raise InputError(f"{queries} queries cannot attend causally to {keys} keys: give as many of each.")
+        longest = max(queries, keys)
+        mask = torch.ones(len(k), keys, dtype=torch.bool, device=k.device) if mask is None else mask
+        q, k, v = (F.pad(x, (0, 0, 0, 0, 0, longest - x.shape[1])) for x in (q, k, v))
+        mask = F.pad(mask, (0, longest - keys))
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     fused = q.is_cuda and q.shape[-1] <= 16 and v.dtype != torch.float64
     module = importlib.import_module(f"{__name__}.triton") if fused else chunk
-    return module.attention(q, k, v, polynomial, scale, causal=causal, mask=mask, state=state, eps=eps)
+    out, after = module.attention(q, k, v, polynomial, scale, causal=causal, mask=mask, state=state, eps=eps)
+    return out[:, :queries], after

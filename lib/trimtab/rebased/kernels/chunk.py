@@ -114,11 +114,13 @@ class _Chunked(torch.autograd.Function):
         states = torch.empty(shape, dtype=rows.dtype, device=v.device)
         states[0] = 0 if state is None else state.flatten(0, 1)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        # Not rounded: the backward pass multiplies it by the gradient and takes the difference of much alike.
+        exact = out if v.dtype == rows.dtype else torch.empty(v.shape, dtype=rows.dtype, device=v.device)
         z = torch.empty(batch * heads, time, 1, dtype=rows.dtype, device=v.device)
 
         def finish(sums: Tensor, piece: slice) -> None:
             z[:, piece] = sums[..., -1:] + job.eps
-            out[:, piece] = (sums[..., :-1] / z[:, piece]).unflatten(0, (batch, heads)).transpose(1, 2)
+            exact[:, piece] = (sums[..., :-1] / z[:, piece]).unflatten(0, (batch, heads)).transpose(1, 2)
 
         for i, piece in enumerate(pieces):
             K, U = rows.tokens_last(k, piece), rows.with_ones(v, piece)
@@ -130,7 +132,9 @@ class _Chunked(torch.autograd.Function):
         if not job.causal:
             for piece in pieces:
                 finish(torch.bmm(job.expand(rows.tokens_last(q, piece)).transpose(1, 2), states[-1]), piece)
-        ctx.save_for_backward(q, k, v, out, z, states if job.causal else states[-1:].clone(), mask)
+        if exact is not out:
+            out.copy_(exact)
+        ctx.save_for_backward(q, k, v, exact, z, states if job.causal else states[-1:].clone(), mask)
         ctx.job, ctx.pieces, ctx.stateful = job, pieces, state is not None
         return out, states[-1].unflatten(0, (batch, heads)).clone()
 

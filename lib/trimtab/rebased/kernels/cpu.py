@@ -13,8 +13,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from trimtab import threads
 from trimtab.rebased.kernels.polynomial import Polynomial
+from trimtab.threads import jit
 
 # Sums may be reassociated, which is what lets them be vectorised; infinities and NaN keep their meaning.
 FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -31,7 +31,6 @@ def expand(
         out[:, 0] = math.sqrt(polynomial.constant)
     if polynomial.linear:
         out[:, first - width : first] = x * math.sqrt(polynomial.linear * scale)
-    threads.as_torch()
     _expand(x.numpy(), out.numpy(), first, scale * math.sqrt(polynomial.quadratic))
     return out
 
@@ -48,7 +47,6 @@ def fold_into(
     first = polynomial.below(width)
     if polynomial.linear:
         out.add_(gradient[:, first - width : first], alpha=math.sqrt(polynomial.linear * scale))
-    threads.as_torch()
     _fold(gradient.numpy(), x.numpy(), out.numpy(), first, scale * math.sqrt(polynomial.quadratic))
 
 
@@ -64,13 +62,12 @@ def step(
     """`recurrent.step`: `state` takes in the token, in place, and is read."""
     out = torch.empty_like(v)
     root = math.sqrt(polynomial.constant), math.sqrt(polynomial.linear * scale), scale * math.sqrt(polynomial.quadratic)
-    threads.as_torch()
     _step(q.numpy(), k.numpy(), v.numpy(), state.numpy(), out.numpy(), *root, eps)
     return out
 
 
 @no_type_check
-@nb.njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
+@jit(parallel=True, fastmath=FAST)
 def _step(q, k, v, state, out, constant, linear, square, eps):
     rows, width = q.shape
     other = math.sqrt(2.0) * square
@@ -94,7 +91,7 @@ def _step(q, k, v, state, out, constant, linear, square, eps):
 
 
 @no_type_check
-@nb.njit(nogil=True, cache=True, fastmath=FAST, inline="always")
+@jit(fastmath=FAST, inline="always")
 def _token(state, v, of_query, of_key, sums):
     """One feature: its row of the state takes in the key, and is added to the sums times the query's."""
     by_key, by_query = v.dtype.type(of_key), v.dtype.type(of_query)
@@ -106,7 +103,7 @@ def _token(state, v, of_query, of_key, sums):
 
 
 @no_type_check
-@nb.njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
+@jit(parallel=True, fastmath=FAST)
 def _expand(x, out, first, weight):
     rows, width, chunk = x.shape
     same, other = x.dtype.type(weight), x.dtype.type(math.sqrt(2.0) * weight)
@@ -121,7 +118,7 @@ def _expand(x, out, first, weight):
 
 
 @no_type_check
-@nb.njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
+@jit(parallel=True, fastmath=FAST)
 def _fold(gradient, x, out, first, weight):
     rows, width, chunk = x.shape
     same, other = x.dtype.type(weight), x.dtype.type(math.sqrt(2.0) * weight)

@@ -121,13 +121,14 @@ class _Fused(torch.autograd.Function):
         seen = None if mask is None else mask[:, None, :].to(_F32).expand(-1, q.shape[2], -1).contiguous()
         first = None if state is None else _unpacked(state.flatten(0, 1), job, q.shape[3])
         states, last = _cumulated(_span_sums(k, v, seen, seen, job), first, job)
-        out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
+        # In fp32: the backward pass multiplies it by the gradient and takes the difference of much alike.
+        out = torch.empty(v.shape, dtype=_F32, device=v.device)
         inverse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=_F32, device=q.device)
         flags = {"SEEN": seen is not None, "CAUSAL": job.causal}
         _launch(_outputs, job, q, v, (q, k, v, out), (states, _or(seen, q), inverse), **flags)
         ctx.save_for_backward(q, k, v, out, inverse, states, seen)
         ctx.job, ctx.stateful = job, state is not None
-        return out, _packed(last, job, q.shape[3]).unflatten(0, (q.shape[0], q.shape[2]))
+        return out.to(v.dtype), _packed(last, job, q.shape[3]).unflatten(0, (q.shape[0], q.shape[2]))
 
     @staticmethod
     @once_differentiable
@@ -135,7 +136,7 @@ class _Fused(torch.autograd.Function):
         q, k, v, out, inverse, states, seen = ctx.saved_tensors
         job, d_k = ctx.job, q.shape[3]
         d_out = _last_contiguous(upstream[0])
-        d_z = (-(d_out.float() * out.float()).sum(dim=-1).transpose(1, 2) * inverse).contiguous()
+        d_z = (-(d_out.float() * out).sum(dim=-1).transpose(1, 2) * inverse).contiguous()
         after = _unpacked(upstream[1].flatten(0, 1), job, d_k)
         suffixes, first = _cumulated(_span_sums(q, d_out, inverse, d_z, job), after, job, backwards=True)
         tiles = triton.cdiv(v.shape[3], job.constants(q, v)["TILE"])

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from trimtab.threads import as_torch
+from trimtab.threads import jit
 
 TILE = 64
 """Columns to a tile: four 512-bit registers of fp32."""
@@ -41,7 +41,6 @@ def select(pre: Float[Tensor, "batch latents"], k: int) -> tuple[Float[Tensor, "
     infinity = bits.dtype.type(0x7F800000 >> shift)
     values = torch.empty(len(pre), k)
     indices = torch.empty(len(pre), k, dtype=torch.int64)
-    as_torch()
     _select(bits, infinity, shift, k, max(GROUPS, 2 * k), values.view(torch.int32).numpy(), indices.numpy())
     return values, indices
 
@@ -61,7 +60,6 @@ def prefix_gradients(
     d_values = torch.zeros(tiles, *values.shape, dtype=dtype)
     d_W, d_b = torch.zeros(W_dec.shape, dtype=dtype), torch.zeros(b_dec.shape, dtype=dtype)
     losses = torch.zeros(tiles, dtype=torch.float64)
-    as_torch()
     _prefixes(*arrays, _indices(indices), d_values.numpy(), d_W.numpy(), d_b.numpy(), losses.numpy())
     return losses.sum().to(dtype), d_values.sum(0), d_W, d_b
 
@@ -76,7 +74,6 @@ def scatter_rows(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     out = torch.zeros(latents, x.shape[1], dtype=dtype)
     arrays = [t.detach().to(dtype).contiguous().numpy() for t in (coefficients, x)]
-    as_torch()
     _scatter(*arrays, _indices(indices), out.numpy())
     return out
 
@@ -91,7 +88,7 @@ def _select_by_sorting(pre: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return torch.where(broken, torch.nan, values[:, :k]), indices[:, :k].contiguous()
 
 
-@nb.njit(parallel=True, nogil=True, cache=True)
+@jit(parallel=True)
 @no_type_check
 def _select(bits, infinity, shift, k, groups, values, indices):
     """Works on the bits of bf16 or fp32 as integers: for numbers that are not negative, their order is the same.
@@ -139,7 +136,7 @@ def _select(bits, infinity, shift, k, groups, values, indices):
             column += 1
 
 
-@nb.njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
+@jit(parallel=True, fastmath=FAST)
 @no_type_check
 def _prefixes(x, values, W_dec, b_dec, weights, indices, d_values, d_W, d_b, losses):
     rows, width = x.shape
@@ -205,7 +202,7 @@ def _prefixes(x, values, W_dec, b_dec, weights, indices, d_values, d_W, d_b, los
         losses[tile] = total
 
 
-@nb.njit(parallel=True, nogil=True, cache=True, fastmath=FAST)
+@jit(parallel=True, fastmath=FAST)
 @no_type_check
 def _scatter(coefficients, x, indices, out):
     rows, width = x.shape
