@@ -97,7 +97,8 @@ def test_a_changed_parameter_reruns_its_stages_a_new_experiment_itself_and_what_
     set_parameter(smoke, "sae_random", "steps", old)
     output = repro(smoke)
     assert ran(output) in (["report"], LAST), output  # its page is committed, not cached; no notebook ran
-    assert all(f"Stage '{name}' is cached - skipping run" in output for name in order[:-2]), output
+    back = set(order[:-2]) - {"word_use"}
+    assert all(f"Stage '{name}' is cached - skipping run" in output for name in back), output
 
 
 def test_the_readmes_commands_of_dvc_do_what_it_says(smoke):

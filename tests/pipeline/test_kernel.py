@@ -20,6 +20,8 @@ SHOWS = (
     "print({'ä', 'b', 'c', 'dd', 'eee'}, hash('x'), os.environ.get('COLUMNS'))",
     "import time\nfrom tqdm.auto import tqdm\nfor i in tqdm(range(3)):\n    time.sleep(0.02)",
     "import ipywidgets\nipywidgets.IntSlider(value=5)",
+    "import os, sys, time\nprint(object(), os.getcwd(), sys.prefix)\nprint('err', file=sys.stderr)\nprint('more')",
+    "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()",
     "import polars as pl\npl.DataFrame({'a': range(40)})",
     "import matplotlib.pyplot as plt\nfrom matplotlib_inline.backend_inline import set_matplotlib_formats\n"
     "set_matplotlib_formats('svg')\nplt.plot([1, 3, 2])\nplt.show()",
@@ -68,6 +70,8 @@ def test_two_runs_are_equal_whatever_the_user_has_set_up(project, run, tmp_path,
     assert records[0] == records[1]
     seen = outputs(records[0])
     assert "<svg" in seen
+    assert "image/png" in seen
+    assert "it/s" not in seen
     assert "model_id" not in seen
     written = (project / "records/own.ipynb").read_text(encoding="utf-8")
     json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} in a record"))

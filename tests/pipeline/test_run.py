@@ -63,26 +63,6 @@ def test_the_kernel_is_this_environment_on_unix_sockets_in_the_root(project, run
     assert str(project) not in seen, "the path of this machine is in the record"
 
 
-def test_two_equal_runs_give_equal_records_but_for_provenance(project, run):
-    cells = (
-        "import os, sys, time\nprint(object(), os.getcwd(), sys.prefix)\nprint('err', file=sys.stderr)\nprint('more')",
-        "from tqdm import tqdm\nfor i in tqdm(range(5), desc='loop'):\n    time.sleep(0.05)",
-        "import matplotlib.pyplot as plt\nplt.plot([1, 3, 2])\nplt.show()",
-        WRITE,
-    )
-    records = []
-    for i in range(2):
-        records.append(run(*cells, name=f"run{i}")[1])
-        (project / "out.txt").unlink()  # what one record tells of, a run of another may not replace
-        records[-1].metadata.trimtab = {**records[-1].metadata.trimtab, "record": "", "digest": ""}
-    for record in records:
-        (provenance,) = [c for c in record.cells if "provenance" in c.metadata.get("tags", [])]
-        provenance.source = ""
-    assert records[0] == records[1]
-    assert "it/s" not in outputs(records[0])
-    assert "image/png" in outputs(records[0])
-
-
 def test_an_exception_fails_the_run_and_marks_what_never_ran(project, run):
     code, record = run(WRITE, "1 / 0", "print('never')", "print('never either')")
     assert code == 1

@@ -88,7 +88,7 @@ def test_noise_of_many_decoders_does_not_refute_what_is_true_of_each():
     """Truth -0.02 in each of four: never "not held", where a maximum within the resampling said so every third time."""
     generator = np.random.default_rng(0)
     refuted = 0
-    for _ in range(12):
+    for _ in range(6):
         readings = []
         for _ in range(4):
             noise = generator.normal(0, 0.1, (2, 4, 12))

@@ -148,7 +148,7 @@ class TestEveryDecoder:
         assert torch.equal(before_each(eager, found).argmax(2), found)
 
     @pytest.mark.parametrize(
-        "name", ["beam-1", "top-k-1", "nucleus-0.000001", "penalty-1", "contrastive-1-0.6", "contrastive-4-0"]
+        "name", ["beam-1", "top-k-1", "nucleus-0.001", "penalty-1", "contrastive-1-0.6", "contrastive-4-0"]
     )
     def test_at_its_limit_it_is_greedy(self, policy, name):
         assert torch.equal(decoded(policy, name), decoded(policy, "greedy"))
@@ -342,7 +342,7 @@ class TestSteered:
             positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
             with torch.no_grad():
                 hidden = steered.hidden(ids, torch.ones_like(ids), positions)
-                ids = torch.cat([ids, steered.unembedding(hidden[:, -1]).argmax(1, keepdim=True)], dim=1)
+                ids = torch.cat([ids, steered.logits(hidden[:, -1]).argmax(1, keepdim=True)], dim=1)
         found = decoded(steered, "greedy", tokens=8)
         assert torch.equal(found, ids[:, PREFIXES.shape[1] :])
         assert not torch.equal(found, decoded(policy, "greedy", tokens=8))

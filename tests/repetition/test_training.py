@@ -166,7 +166,7 @@ def test_the_policy_gradient_is_that_of_its_definition(model_folder, monkeypatch
     rows = torch.cat([PREFIXES[:3], continuations], dim=1)
     places = torch.arange(16).expand(3, -1)
     hidden = fresh.hidden(rows[:, :-1], torch.ones_like(rows[:, :-1]), places)[:, 4:]
-    log_p = fresh.unembedding(hidden).log_softmax(2).gather(2, continuations[..., None])[..., 0]
+    log_p = fresh.logits(hidden).log_softmax(2).gather(2, continuations[..., None])[..., 0]
     (-3 * ((rewards - rewards.mean())[:, None] * log_p).sum() / 36).backward()
     assert seen.gradient == pytest.approx(vectors.grad.norm().item(), rel=1e-3)
 
