@@ -55,7 +55,7 @@ def at_most(name: str, keys: str, limit: str) -> None:
 def check_rules(parameters: Mapping[str, Any]) -> None:
     """Raise InputError for the first rule that does not hold."""
     for found in sorted(Path(__file__).parent.glob("*/rules.py")):
-        named = re.findall(r'^@rule\("(\w+)"', found.read_text(encoding="utf-8"), re.MULTILINE)
+        named = re.findall(r'^(?:@rule|at_most)\("(\w+)"', found.read_text(encoding="utf-8"), re.MULTILINE)
         if any(name in parameters for name in named):  # a package takes seconds to import
             import_module(f"trimtab.{found.parent.name}.rules")
     for names, function in RULES:

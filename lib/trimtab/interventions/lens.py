@@ -1,7 +1,7 @@
 """The logit lens: what the model would predict if it stopped after each of its blocks.
 
-The residual stream h_l after block l is read as the last one is: logits = cap(unembedding(final_norm(h_l))), with the
-cap c tanh(logits / c) where the model's configuration has one. Only statistics of the distributions leave this file;
+The residual stream h_l after block l is read as the last one is: logits = head(final_norm(h_l)), with the model's own
+head, its scale and cap included. Only statistics of the distributions leave this file;
 the distributions themselves exist for a few positions of one layer at a time.
 """
 
@@ -134,7 +134,7 @@ def lens(
     `layers`: which blocks, all by default. `targets`: the token whose rank and probability are asked for at each
     position (`next_tokens`, or one token everywhere), -100 for none. A block is read after what a view adds to it.
     Raises InputError for layers and tokens that the model does not have, and for a model whose logits are not its
-    final norm, its unembedding and `final_logit_softcapping`.
+    final norm and a `Head`.
     """
     (found,), _ = _read([view], input_ids, attention_mask, layers, targets, top)
     return found

@@ -1,7 +1,7 @@
 """From hidden states to the model's own logits, after the last block or after any; and the text of a token."""
 
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -31,7 +31,7 @@ class Head:
         self.cap: float | None = getattr(config, "final_logit_softcapping", None)
         if view._module not in _KNOWN:
             self._check(view)
-            _KNOWN[view._module] = True
+            _KNOWN.add(view._module)
 
     def __call__(self, hidden: Float[Tensor, "*rows d_model"]) -> Float[Tensor, "*rows vocabulary"]:
         """In the model's own dtype, with gradients where they are enabled."""
@@ -52,7 +52,7 @@ class Head:
             )
 
 
-_KNOWN: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_KNOWN: WeakSet[nn.Module] = WeakSet()
 """Models whose logits `Head` is known to form."""
 
 

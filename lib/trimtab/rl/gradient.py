@@ -7,7 +7,7 @@ prompt is computed once; the unembedding runs on completion tokens only, a few h
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -116,11 +116,11 @@ def check_packing(policy: Policy) -> None:
             f"{name} computes completions packed beside one another otherwise than alone (log-probabilities differ by "
             f"{apart.abs().max():.2g}), so it cannot be trained here."
         )
-    _PACKABLE[policy.view._module] = True
+    _PACKABLE.add(policy.view._module)
 
 
 PLACES = ((0, 0), (0, 1), (1, 0), (1, 1))
-_PACKABLE: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+_PACKABLE: WeakSet[nn.Module] = WeakSet()
 
 
 def _alone(policy: Policy, drawn: Rollouts, prompt: int, member: int) -> Float[Tensor, " tokens"]:

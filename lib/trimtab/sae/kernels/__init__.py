@@ -31,7 +31,9 @@ def encode(
     active latents only: dL/dW_enc[i] += dv x and dL/db_enc[i] += dv, where v > 0. Raises InputError for shapes that do
     not fit, for a k that the dictionary does not have, and where x is not of a floating dtype.
     """
-    _fits(x, W_enc, b_enc)
+    _fits(x, W_enc)
+    if list(b_enc.shape) != [len(W_enc)]:
+        raise InputError(f"`b_enc` has shape {list(b_enc.shape)}, which does not fit {len(W_enc)} latents.")
     if not 1 <= k <= len(W_enc):
         raise InputError(f"k must lie between 1 and the dictionary's {len(W_enc)} latents, not {k}.")
     return _Encode.apply(x, W_enc, b_enc, k, dtype)
@@ -50,7 +52,7 @@ def prefix_loss(
     Differentiable in x, values, W_dec and b_dec. Prefixes are of the latents in the order given. Raises InputError for
     shapes that do not fit and for an index that is no latent's (IndexError on a GPU, where nobody waits for the check).
     """
-    _fits(x, W_dec, b_dec.new_empty(len(W_dec)))
+    _fits(x, W_dec)
     rows, k = (len(x), values.shape[1]) if values.dim() == 2 else (-1, -1)
     alike = 1 if weights.dim() and len(weights) == 1 else rows
     shapes = {"values": [rows, k], "indices": [rows, k], "b_dec": [x.shape[1]], "weights": [alike, k + 1]}
@@ -63,8 +65,8 @@ def prefix_loss(
     return _PrefixLoss.apply(x, values, indices, W_dec, b_dec, weights)
 
 
-def _fits(x: Tensor, rows: Tensor, b_enc: Tensor) -> None:
-    if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1] or b_enc.shape != rows.shape[:1]:
+def _fits(x: Tensor, rows: Tensor) -> None:
+    if x.dim() != 2 or rows.dim() != 2 or x.shape[1] != rows.shape[1]:
         raise InputError(
             f"x of shape {list(x.shape)} does not fit weights of {list(rows.shape)}: it must be [batch, d_model]."
         )
