@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from trimtab.errors import InputError
-from trimtab.rebased.kernels import BASED, REBASED, attention, step
+from trimtab.rebased.kernels import BASED, EPS, REBASED, attention, step
 
 Cache = dict[str, Tensor]
 """What one mixer carries from token to token; its size does not grow but for softmax without a window."""
@@ -56,7 +56,8 @@ class PolynomialAttention(nn.Module):
 
     `over`: what the norm is taken over, all heads together before they are split, as in the paper's code, or each head,
     as in flash-linear-attention, whose learnt map is also one for queries and keys of all heads alike; here it is the
-    paper's: own gamma and beta for each channel of queries and of keys (equation 5).
+    paper's: own gamma and beta for each channel of queries and of keys (equation 5). `eps`: added to the sum of
+    weights; the papers' layers have 1e-12, flash-linear-attention's 1e-5, which a layer without a norm feels.
     """
 
     gamma_q: nn.Parameter | None
@@ -72,6 +73,7 @@ class PolynomialAttention(nn.Module):
         d_v: int | None = None,
         arm: str = "rebased",
         over: Literal["heads", "head"] = "heads",
+        eps: float = EPS,
     ) -> None:
         super().__init__()
         if arm not in ARMS:
@@ -82,6 +84,7 @@ class PolynomialAttention(nn.Module):
         self.polynomial = BASED if arm == "based" else REBASED
         self.normalised, affine = ARMS[arm]
         self.over = over
+        self.eps = eps
         self.q = nn.Linear(d_model, heads * d_k, bias=False)
         self.k = nn.Linear(d_model, heads * d_k, bias=False)
         self.v = nn.Linear(d_model, heads * self.d_v, bias=False)
@@ -99,11 +102,13 @@ class PolynomialAttention(nn.Module):
         mask = None if mask is None else mask.bool()
         learning = torch.is_grad_enabled() and any(each.requires_grad for each in (q, k, v))
         if cache is None:
-            mixed, _ = attention(q, k, v, self.polynomial, mask=mask)
+            mixed, _ = attention(q, k, v, self.polynomial, mask=mask, eps=self.eps)
         elif "state" in cache and x.shape[1] == 1 and mask is None and not learning:
-            mixed = step(q[:, 0], k[:, 0], v[:, 0], self.polynomial, self.d_k**-0.5, cache["state"])[:, None]
+            token = (q[:, 0], k[:, 0], v[:, 0], self.polynomial, self.d_k**-0.5, cache["state"])
+            mixed = step(*token, eps=self.eps)[:, None]
         else:
-            mixed, cache["state"] = attention(q, k, v, self.polynomial, mask=mask, state=cache.get("state"))
+            state = cache.get("state")
+            mixed, cache["state"] = attention(q, k, v, self.polynomial, mask=mask, state=state, eps=self.eps)
         return self.out(mixed.flatten(-2))
 
     def mapped(self, x: Tensor, gamma: Tensor | None, beta: Tensor | None) -> Float[Tensor, "batch time heads d_k"]:

@@ -109,7 +109,8 @@ class LanguageModel(nn.Module):
         return places
 
     def state_size(self) -> int:
-        """Numbers that a polynomial attention carries from token to token, the whole model: features x (d_v + 1)."""
+        """Numbers that a polynomial attention carries from token to token, the whole model: features x (d_v + 1). The
+        last of them, kept to twice the digits, counts once."""
         return sum(
             mixer.heads * mixer.polynomial.features(mixer.d_k) * (mixer.d_v + 1)
             for mixer in self.modules()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.rebased.kernels.problems import POLYNOMIALS, problem, random_state, relative, with_gradients
 from trimtab.rebased.kernels import BASED, REBASED, chunk, empty_state, naive, step
@@ -26,10 +27,14 @@ def test_every_chunk_size_gives_the_definition_and_its_gradients(name, size, len
 
 def test_gradients_are_those_of_finite_differences():
     q, k, v = (t.requires_grad_() for t in problem(1, 7, 2, 3, 2))
-    state = random_state(q, v, BASED).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda *x: chunk.attention(*x[:3], BASED, 0.6, state=x[3], chunk=3), (q, k, v, state)
-    )
+    state = random_state(q, v, BASED)[..., :-1].requires_grad_()
+
+    def attention(q, k, v, state):  # the last column, what rounding left, is 0 in fp64
+        out, after = chunk.attention(q, k, v, BASED, 0.6, state=F.pad(state, (0, 1)), chunk=3)
+        assert not after[..., -1].any()
+        return out, after[..., :-1]
+
+    assert torch.autograd.gradcheck(attention, (q, k, v, state))
 
 
 def test_a_mask_keeps_padding_out_of_values_and_gradients():
@@ -69,7 +74,7 @@ def test_long_sequences_in_low_precision(dtype, tolerance):
     out, state = chunk.attention(q, k, v, REBASED, 0.25)
     assert out.dtype == dtype
     assert state.dtype == torch.float32
-    assert state[0, 0, 0, -1] > 65_504
+    assert state[0, 0, 0, -2] > 65_504
     assert relative(out, expected) < tolerance
 
 

@@ -52,12 +52,13 @@ def test_the_definition_by_hand():
     q = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)[None, :, None]
     k = torch.tensor([[1.0, 1.0], [2.0, 0.0]], dtype=torch.float64)[None, :, None]
     v = torch.tensor([[1.0], [5.0]], dtype=torch.float64)[None, :, None]
-    out, state = naive.attention(q, k, v, REBASED, 1 / math.sqrt(2), eps=0.0)
+    out, state = naive.attention(q, k, v, REBASED, 1 / math.sqrt(2))
     assert out.flatten().tolist() == pytest.approx([1.0, (2 * 1 + 2 * 5) / 4])
-    assert state.shape == (1, 1, 3, 2)
-    # Sum of phi(k) [v, 1]: k1 k1^T = [[1, 1], [1, 1]], k2 k2^T = [[4, 0], [0, 0]], each times scale 1 / sqrt 2.
+    assert state.shape == (1, 1, 3, 3)
+    # Sum of phi(k) [v, 1], and what rounding left of the last:
+    # k1 k1^T = [[1, 1], [1, 1]], k2 k2^T = [[4, 0], [0, 0]], each times scale 1 / sqrt 2.
     root = 1 / math.sqrt(2)
-    expected = [[root * (1 + 4 * 5), root * 5], [1.0, 1.0], [root, root]]
+    expected = [[root * (1 + 4 * 5), root * 5, 0.0], [1.0, 1.0, 0.0], [root, root, 0.0]]
     assert state[0, 0].flatten().tolist() == pytest.approx([x for row in expected for x in row])
 
 

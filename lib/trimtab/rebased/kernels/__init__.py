@@ -14,7 +14,7 @@ from torch import Tensor
 
 from trimtab.errors import InputError
 from trimtab.rebased.kernels import chunk
-from trimtab.rebased.kernels.naive import EPS
+from trimtab.rebased.kernels.denominator import EPS
 from trimtab.rebased.kernels.polynomial import BASED, REBASED, Polynomial, expand
 from trimtab.rebased.kernels.recurrent import empty_state, step
 
@@ -30,15 +30,18 @@ def attention(
     scale: float | None = None,
     causal: bool = True,
     mask: Bool[Tensor, "batch time"] | None = None,
-    state: Float[Tensor, "batch heads features d_v_and_1"] | None = None,
+    state: Float[Tensor, "batch heads features d_v_and_2"] | None = None,
     eps: float = EPS,
-) -> tuple[Float[Tensor, "batch queries heads d_v"], Float[Tensor, "batch heads features d_v_and_1"]]:
+) -> tuple[Float[Tensor, "batch queries heads d_v"], Float[Tensor, "batch heads features d_v_and_2"]]:
     """sum_j p(scale q_i.k_j) v_j / (sum_j p(scale q_i.k_j) + eps), and the state after the last token; see
-    `naive.attention`. `scale`: d_k^-1/2 unless given. Differentiable in q, k, v and the state.
+    `naive.attention` and, for what the denominator does not fall below, `denominator`. `scale`: d_k^-1/2 unless given.
+    Differentiable in q, k, v and the state.
 
     Where attention is not causal, there may be more or fewer queries than keys. Raises InputError for shapes that do
-    not fit.
+    not fit and for an eps that is not positive.
     """
+    if not eps > 0:
+        raise InputError(f"`eps` is {eps}, where the denominator takes a number above 0.")
     queries, keys = q.shape[1], k.shape[1]
     if k.shape[:3] != v.shape[:3] or k.shape[::2] + k.shape[3:] != q.shape[::2] + q.shape[3:]:
         shapes = f"q {list(q.shape)}, k {list(k.shape)} and v {list(v.shape)}"

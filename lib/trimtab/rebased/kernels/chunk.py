@@ -3,21 +3,22 @@
 Tokens of one chunk see each other through the matrix of weights, and all that came before through one state, the sum of
 phi(k_j) [v_j, 1]. The backward pass runs the other way with the sum of phi(q_i) g_i over all that come after, where
 
-    g_i = [dnum_i, dz_i],  dnum_i = do_i / (z_i + eps),  dz_i = - do_i . o_i / (z_i + eps),
+    g_i = [dnum_i, dz_i],  dnum_i = do_i / (z_i + eps),  dz_i = - do_i . o_i / (z_i + eps) where z_i is not floored,
 
-and makes the features again: kept are q, k, v, the output, z and one state a chunk. Arithmetic and states are in fp32
-(fp64 for fp64), and the division comes before the result is rounded to v's precision.
+and makes the features again: kept are q, k, v, the output, 1 / (z + eps) and one state a chunk. Arithmetic and states
+are in fp32 (fp64 for fp64) but for z, see `denominator`; the division comes before rounding to v's precision.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.rebased.kernels import cpu
-from trimtab.rebased.kernels.naive import EPS
+from trimtab.rebased.kernels.denominator import EPS, denominators, summed, with_sum
 from trimtab.rebased.kernels.polynomial import Polynomial, expand, fold
 
 CHUNK = 64
@@ -34,10 +35,10 @@ def attention(
     *,
     causal: bool = True,
     mask: Bool[Tensor, "batch time"] | None = None,
-    state: Float[Tensor, "batch heads features d_v_and_1"] | None = None,
+    state: Float[Tensor, "batch heads features d_v_and_2"] | None = None,
     eps: float = EPS,
     chunk: int = CHUNK,
-) -> tuple[Float[Tensor, "batch time heads d_v"], Float[Tensor, "batch heads features d_v_and_1"]]:
+) -> tuple[Float[Tensor, "batch time heads d_v"], Float[Tensor, "batch heads features d_v_and_2"]]:
     """As `naive.attention`, in time and memory O(time)."""
     with torch.autocast(q.device.type, enabled=False):  # which would have states in 16 bits
         return _Chunked.apply(q, k, v, mask, state, _Job(polynomial, scale, causal, eps, chunk))
@@ -110,17 +111,18 @@ class _Chunked(torch.autograd.Function):
         rows = _Rows(torch.float64 if v.dtype == torch.float64 else torch.float32, mask)
         pieces = [slice(start, min(start + job.chunk, time)) for start in range(0, time, job.chunk)]
         shape = (len(pieces) + 1, batch * heads, job.polynomial.features(d_k), d_v + 1)
-        # states[i]: over all tokens before chunk i; the last: over all.
+        # states[i]: over all tokens before chunk i; the last: over all. Their last column is read backwards alone.
         states = torch.empty(shape, dtype=rows.dtype, device=v.device)
-        states[0] = 0 if state is None else state.flatten(0, 1)
+        states[0] = 0 if state is None else state[..., :-1].flatten(0, 1)
+        before = None if state is None else summed(state.flatten(0, 1))
+        below = denominators(q, k, mask, before, job.polynomial, job.scale, job.causal, job.eps, rows.dtype)
         out = torch.empty(v.shape, dtype=v.dtype, device=v.device)
         # Not rounded: the backward pass multiplies it by the gradient and takes the difference of much alike.
         exact = out if v.dtype == rows.dtype else torch.empty(v.shape, dtype=rows.dtype, device=v.device)
-        z = torch.empty(batch * heads, time, 1, dtype=rows.dtype, device=v.device)
 
         def finish(sums: Tensor, piece: slice) -> None:
-            z[:, piece] = sums[..., -1:] + job.eps
-            exact[:, piece] = (sums[..., :-1] / z[:, piece]).unflatten(0, (batch, heads)).transpose(1, 2)
+            divided = sums[..., :-1] * below.inverse[:, piece]
+            exact[:, piece] = divided.unflatten(0, (batch, heads)).transpose(1, 2)
 
         for i, piece in enumerate(pieces):
             K, U = rows.tokens_last(k, piece), rows.with_ones(v, piece)
@@ -134,9 +136,10 @@ class _Chunked(torch.autograd.Function):
                 finish(torch.bmm(job.expand(rows.tokens_last(q, piece)).transpose(1, 2), states[-1]), piece)
         if exact is not out:
             out.copy_(exact)
-        ctx.save_for_backward(q, k, v, exact, z, states if job.causal else states[-1:].clone(), mask)
+        kept = states if job.causal else states[-1:].clone()
+        ctx.save_for_backward(q, k, v, exact, below.inverse, below.slope, kept, mask)
         ctx.job, ctx.pieces, ctx.stateful = job, pieces, state is not None
-        return out, states[-1].unflatten(0, (batch, heads)).clone()
+        return out, with_sum(states[-1, ..., :-1], below.total).unflatten(0, (batch, heads))
 
     @staticmethod
     @once_differentiable
@@ -146,15 +149,17 @@ class _Chunked(torch.autograd.Function):
 
 
 def _backward(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, out, z, states, mask = ctx.saved_tensors
-    job, rows, heads = ctx.job, _Rows(z.dtype, mask), q.shape[2]
+    q, k, v, out, inverse, slope, states, mask = ctx.saved_tensors
+    job, rows, heads = ctx.job, _Rows(inverse.dtype, mask), q.shape[2]
     d_q, d_k, d_v = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    after = d_after.flatten(0, 1).to(z.dtype, copy=True)  # sum of phi(q_i) g_i over all that come after
+    # Sum of phi(q_i) g_i over all that come after; what rounding left, a state's last column, has no gradient.
+    after = d_after[..., :-1].flatten(0, 1).to(inverse.dtype, copy=True)
 
     def divided(piece: slice) -> Tensor:
         """g: [dnum, dz]."""
         do, o = rows.tokens_first(d_out, piece), rows.tokens_first(out, piece)
-        return torch.cat([do, -torch.linalg.vecdot(do, o)[..., None]], dim=-1).div_(z[:, piece])
+        dz = torch.linalg.vecdot(do, o)[..., None].mul_(slope[:, piece]).neg_()
+        return torch.cat([do.mul_(inverse[:, piece]), dz], dim=-1)
 
     if not job.causal:
         for piece in ctx.pieces:
@@ -178,5 +183,5 @@ def _backward(ctx: Any, d_out: Tensor, d_after: Tensor) -> tuple[Tensor | None, 
         d_v[:, piece] = dV if mask is None else dV * mask[:, piece, None, None]
         for out_of, made in ((d_q, dQ), (d_k, dK)):
             out_of[:, piece] = made.unflatten(0, (-1, heads)).permute(0, 3, 1, 2)
-    d_state = after.unflatten(0, (-1, heads)) if ctx.stateful else None
+    d_state = F.pad(after, (0, 1)).unflatten(0, (-1, heads)) if ctx.stateful else None
     return d_q, d_k, d_v, None, d_state, None

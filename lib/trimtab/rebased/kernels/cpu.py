@@ -10,7 +10,7 @@ from typing import no_type_check
 import numba as nb
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trimtab.rebased.kernels.polynomial import Polynomial
@@ -54,52 +54,152 @@ def step(
     q: Float[Tensor, "rows d_k"],
     k: Float[Tensor, "rows d_k"],
     v: Float[Tensor, "rows d_v"],
-    state: Float[Tensor, "rows features d_v_and_1"],
+    state: Float[Tensor, "rows features d_v_and_2"],
     polynomial: Polynomial,
     scale: float,
     eps: float,
+    share: float,
 ) -> Float[Tensor, "rows d_v"]:
-    """`recurrent.step`: `state` takes in the token, in place, and is read."""
+    """`recurrent.step`: `state` takes in the token, in place, and is read. `share`: FLOOR of `denominator`."""
     out = torch.empty_like(v)
-    root = math.sqrt(polynomial.constant), math.sqrt(polynomial.linear * scale), scale * math.sqrt(polynomial.quadratic)
-    _step(q.numpy(), k.numpy(), v.numpy(), state.numpy(), out.numpy(), *root, eps)
+    _step(q.numpy(), k.numpy(), v.numpy(), state.numpy(), out.numpy(), *_roots(polynomial, scale), eps, share)
     return out
+
+
+def denominators(
+    q: Float[Tensor, "batch time heads d_k"],
+    k: Float[Tensor, "batch time heads d_k"],
+    mask: Bool[Tensor, "batch time"] | None,
+    total: Float[Tensor, "rows features"],
+    polynomial: Polynomial,
+    scale: float,
+    causal: bool,
+) -> tuple[Float[Tensor, "rows time"], Float[Tensor, "rows time"]]:
+    """z of every token and the bound of `denominator`, in fp64; `total`, the sum of phi(k_j), takes in the keys."""
+    q, k = (x.detach().to(torch.float64).contiguous() for x in (q, k))
+    seen = torch.ones(k.shape[:2], dtype=torch.bool) if mask is None else mask.contiguous()
+    z, bound = (torch.empty(len(total), q.shape[1], dtype=torch.float64) for _ in range(2))
+    arrays = (x.numpy() for x in (q, k, seen, total, z, bound))
+    _denominators(*arrays, *_roots(polynomial, scale), causal)
+    return z, bound
+
+
+def _roots(polynomial: Polynomial, scale: float) -> tuple[float, float, float]:
+    """The weights in phi(x) of 1, x_a and x_a^2."""
+    return math.sqrt(polynomial.constant), math.sqrt(polynomial.linear * scale), scale * math.sqrt(polynomial.quadratic)
 
 
 @no_type_check
 @jit(parallel=True, fastmath=FAST)
-def _step(q, k, v, state, out, constant, linear, square, eps):
+def _step(q, k, v, state, out, constant, linear, square, eps, share):
     rows, width = q.shape
     other = math.sqrt(2.0) * square
     for r in nb.prange(rows):
-        sums = np.zeros(v.shape[1] + 1, dtype=v.dtype)
+        sums = np.zeros(v.shape[1], dtype=v.dtype)
+        z = size_q = size = 0.0
         at = 0
         if constant:
-            _token(state[r, at], v[r], constant, constant, sums)
+            size_q, size = constant, _token(state[r, at], v[r], constant, constant, sums)
+            z += constant * size
             at += 1
         if linear:
             for a in range(width):
-                _token(state[r, at], v[r], q[r, a] * linear, k[r, a] * linear, sums)
+                of_query, of_key = np.float64(q[r, a]) * linear, np.float64(k[r, a]) * linear
+                z += of_query * _token(state[r, at], v[r], of_query, of_key, sums)
                 at += 1
         for a in range(width):
             for b in range(a, width):
                 factor = square if a == b else other
-                _token(state[r, at], v[r], q[r, a] * q[r, b] * factor, k[r, a] * k[r, b] * factor, sums)
+                of_query = np.float64(q[r, a]) * np.float64(q[r, b]) * factor
+                total = _token(state[r, at], v[r], of_query, np.float64(k[r, a]) * np.float64(k[r, b]) * factor, sums)
+                z += of_query * total
+                if a == b:
+                    size_q, size = size_q + of_query, size + total
                 at += 1
+        below = max(z, share * size_q * size) + eps
         for c in range(v.shape[1]):
-            out[r, c] = sums[c] / (sums[v.shape[1]] + eps)
+            out[r, c] = sums[c] / below
 
 
 @no_type_check
 @jit(fastmath=FAST, inline="always")
 def _token(state, v, of_query, of_key, sums):
-    """One feature: its row of the state takes in the key, and is added to the sums times the query's."""
+    """One feature: its row of the state takes in the key, and is added to the sums times the query's. The feature's
+    sum over keys, in fp64, which the row's last two numbers hold."""
     by_key, by_query = v.dtype.type(of_key), v.dtype.type(of_query)
-    for c in range(len(v)):
+    width = len(v)
+    for c in range(width):
         state[c] += by_key * v[c]
         sums[c] += by_query * state[c]
-    state[len(v)] += by_key
-    sums[len(v)] += by_query * state[len(v)]
+    total = np.float64(state[width]) + np.float64(state[width + 1]) + of_key
+    state[width] = total
+    state[width + 1] = total - np.float64(state[width])
+    return total
+
+
+@no_type_check
+@jit(parallel=True, fastmath=FAST)
+def _denominators(q, k, seen, total, z, bound, constant, linear, square, causal):
+    batch, time, heads, width = q.shape
+    other = math.sqrt(2.0) * square
+    for r in nb.prange(batch * heads):
+        b, h = r // heads, r % heads
+        # Of the features, the squares as a whole matrix: rows of one length are added side by side.
+        first, count = np.zeros(width), 0.0
+        moments, columns = np.zeros((width, width)), np.zeros(width)
+        at = 0
+        if constant:
+            count, at = total[r, 0] / constant, 1
+        if linear:
+            for a in range(width):
+                first[a] = total[r, at] / linear
+                at += 1
+        start = at
+        for a in range(width):
+            for c in range(a, width):
+                moments[a, c] = moments[c, a] = total[r, at] / (square if a == c else other)
+                at += 1
+        size = 0.0
+        for a in range(width):
+            size += moments[a, a]
+        if not causal:
+            for t in range(time):
+                if seen[b, t]:
+                    count += 1
+                    for a in range(width):
+                        first[a] += k[b, t, h, a]
+                        size += k[b, t, h, a] * k[b, t, h, a]
+                        for c in range(width):
+                            moments[a, c] += k[b, t, h, a] * k[b, t, h, c]
+        for t in range(time):
+            taken = 1.0 if causal and seen[b, t] else 0.0
+            count += taken
+            below, length = 0.0, 0.0
+            columns[:] = 0
+            for a in range(width):
+                query, key = q[b, t, h, a], taken * k[b, t, h, a]
+                length += query * query
+                size += key * k[b, t, h, a]
+                first[a] += key
+                below += linear * linear * query * first[a]
+                for c in range(width):
+                    moment = moments[a, c] + key * k[b, t, h, c]
+                    moments[a, c] = moment
+                    columns[c] += query * moment
+            for c in range(width):
+                below += square * square * columns[c] * q[b, t, h, c]
+            z[r, t] = below + constant * constant * count
+            bound[r, t] = (constant + square * length) * (constant * count + square * size)
+        if constant:
+            total[r, 0] = constant * count
+        if linear:
+            for a in range(width):
+                total[r, start - width + a] = linear * first[a]
+        at = start
+        for a in range(width):
+            for c in range(a, width):
+                total[r, at] = moments[a, c] * (square if a == c else other)
+                at += 1
 
 
 @no_type_check

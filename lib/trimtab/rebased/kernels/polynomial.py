@@ -48,6 +48,15 @@ class Polynomial:
         """How many features `expand` makes of vectors of this width."""
         return self.below(width) + width * (width + 1) // 2
 
+    def bounding(self, width: int) -> Float[Tensor, " features"]:
+        """w of `denominator`: w.phi(x) >= |phi(x)|, with 1 for the constant and for each x_a^2."""
+        w = torch.zeros(self.features(width), dtype=torch.float64)
+        if self.constant:
+            w[0] = 1
+        first = torch.arange(width)
+        w[self.below(width) + first * width - first * (first - 1) // 2] = 1
+        return w
+
 
 BASED = Polynomial(1.0, 1.0, 0.5)
 REBASED = Polynomial(0.0, 0.0, 1.0)

@@ -5,16 +5,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from trimtab.rebased.kernels import cpu
-from trimtab.rebased.kernels.naive import EPS
+from trimtab.rebased.kernels.denominator import EPS, floor_share, floored, summed, with_sum
 from trimtab.rebased.kernels.polynomial import Polynomial, expand
 
 
 def empty_state(
     batch: int, heads: int, d_k: int, d_v: int, polynomial: Polynomial, like: Tensor
-) -> Float[Tensor, "batch heads features d_v_and_1"]:
+) -> Float[Tensor, "batch heads features d_v_and_2"]:
     """The state before any token: zeros, in fp32 (fp64 where `like` is)."""
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.zeros(batch, heads, polynomial.features(d_k), d_v + 1, dtype=dtype, device=like.device)
+    return torch.zeros(batch, heads, polynomial.features(d_k), d_v + 2, dtype=dtype, device=like.device)
 
 
 def step(
@@ -23,7 +23,7 @@ def step(
     v: Float[Tensor, "batch heads d_v"],
     polynomial: Polynomial,
     scale: float,
-    state: Float[Tensor, "batch heads features d_v_and_1"],
+    state: Float[Tensor, "batch heads features d_v_and_2"],
     *,
     eps: float = EPS,
 ) -> Float[Tensor, "batch heads d_v"]:
@@ -33,11 +33,13 @@ def step(
         flat = state.view(batch * heads, *state.shape[2:])
         q, k, u = (x.detach().to(state.dtype).reshape(batch * heads, -1).contiguous() for x in (q, k, v))
         if state.device.type == "cpu":
-            out = cpu.step(q, k, u, flat, polynomial, scale, eps)
+            out = cpu.step(q, k, u, flat, polynomial, scale, eps, floor_share(state.dtype))
         else:
-            phi_q, phi_k = expand(torch.stack([q, k]), polynomial, scale)
-            u = torch.cat([u, torch.ones_like(u[:, :1])], dim=1)
-            flat.baddbmm_(phi_k[:, :, None], u[:, None, :])
-            sums = torch.bmm(phi_q[:, None, :], flat)[:, 0]
-            out = sums[:, :-1] / (sums[:, -1:] + eps)
+            phi_q, phi_k = expand(torch.stack([q, k]).double(), polynomial, scale)
+            values, total = flat[..., :-2], summed(flat) + phi_k
+            values += phi_k[:, :, None].to(u.dtype) * u[:, None, :]
+            flat.copy_(with_sum(values, total))
+            w = polynomial.bounding(q.shape[1]).to(total)
+            z, _ = floored((phi_q * total).sum(dim=1), (phi_q @ w) * (total @ w), eps, state.dtype)
+            out = torch.bmm(phi_q[:, None, :].to(u.dtype), values)[:, 0] / z[:, None].to(u.dtype)
     return out.view(batch, heads, -1).to(v.dtype)

@@ -2,27 +2,36 @@
 
 The sequence is cut into spans, spans into chunks. One program per span sums its tokens' state (`_sum_states`); a
 cumulative sum over spans gives the state before each; then one program per span walks its chunks with that state in
-registers (`_outputs`). Backwards the same kernel sums phi(q_i) [dnum_i, dz_i], see `chunk`, the cumulative sum runs the
-other way, `_query_gradients` walks up and `_key_gradients` down. Tensors are read where they are, [batch, time, heads,
-width] with any strides but the last.
+registers (`_outputs`). The sums of weights come first and the same way, in fp64 and from moments of the keys instead of
+states (`_sum_moments`, `_denominators`). Backwards `_sum_states` sums phi(q_i) [dnum_i, dz_i], see `chunk`, the
+cumulative sum runs the other way, `_query_gradients` walks up and `_key_gradients` down. Tensors are read where they
+are, [batch, time, heads, width] with any strides but the last.
 
 In memory a state has a row for the constant, d_k for the linear and d_k^2 for the square's features, unweighted: whole
-squares suit the tensor cores better than the triangle. Its last column belongs to z. Operands of products are bf16 for
-16-bit inputs, sums and states fp32.
+squares suit the tensor cores better than the triangle. Its last column belongs to z, backwards. Operands of products
+are bf16 for 16-bit inputs, sums and states fp32.
 """
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.errors import InputError
-from trimtab.rebased.kernels.naive import EPS
+from trimtab.rebased.kernels.denominator import EPS, floored, summed, with_sum
 from trimtab.rebased.kernels.polynomial import Polynomial
-from trimtab.rebased.kernels.triton_programs import _key_gradients, _outputs, _query_gradients, _sum_states
+from trimtab.rebased.kernels.triton_programs import (
+    _denominators,
+    _key_gradients,
+    _outputs,
+    _query_gradients,
+    _sum_moments,
+    _sum_states,
+)
 
 CHUNK = 64
 """Tokens whose weights among each other are formed."""
@@ -30,6 +39,8 @@ SPAN = 512
 """Tokens to a program: the shorter, the more programs, and the more traffic of states, 71 KB a head and span."""
 TILE = 64
 """Columns of the values to a program."""
+BLOCK = 16
+"""Tokens whose weights among each other are formed in fp64."""
 WIDEST = 16
 """Of queries and keys: beyond it the features of a chunk do not fit the registers."""
 INTERPRETED = triton.knobs.runtime.interpret
@@ -46,9 +57,9 @@ def attention(
     *,
     causal: bool = True,
     mask: Bool[Tensor, "batch time"] | None = None,
-    state: Float[Tensor, "batch heads features d_v_and_1"] | None = None,
+    state: Float[Tensor, "batch heads features d_v_and_2"] | None = None,
     eps: float = EPS,
-) -> tuple[Float[Tensor, "batch time heads d_v"], Float[Tensor, "batch heads features d_v_and_1"]]:
+) -> tuple[Float[Tensor, "batch time heads d_v"], Float[Tensor, "batch heads features d_v_and_2"]]:
     """As `naive.attention`; the state comes and goes in fp32. Raises InputError for d_k > 16 and for fp64."""
     if q.shape[-1] > WIDEST or v.dtype == torch.float64:
         raise InputError(f"The Triton kernel takes d_k <= {WIDEST} and at most fp32; `kernels.chunk` takes any.")
@@ -74,7 +85,7 @@ class _Job(NamedTuple):
 def _weights(job: _Job, like: Tensor) -> Tensor:
     """By which a row [1 + 16 + 256] of an unweighted state is multiplied where it is a feature of `expand`."""
     c0, c1, c2 = job.polynomial.constant, job.polynomial.linear * job.scale, job.polynomial.quadratic * job.scale**2
-    square = torch.full((WIDEST, WIDEST), 2 * c2, device=like.device)
+    square = torch.full((WIDEST, WIDEST), 2 * c2, device=like.device, dtype=like.dtype)
     square.fill_diagonal_(c2)
     return torch.cat([square.new_tensor([c0]), square.new_full((WIDEST,), c1), square.flatten()]).sqrt()
 
@@ -99,8 +110,8 @@ def _packed(full: Tensor, job: _Job, d_k: int) -> Tensor:
 def _unpacked(state: Tensor, job: _Job, d_k: int) -> Tensor:
     """The other way round; rows below the diagonal equal those above."""
     rows = _rows(job, d_k, state.device)
-    full = state.new_zeros(len(state), 1 + WIDEST + WIDEST**2, state.shape[2], dtype=_F32)
-    full[:, rows] = state.to(_F32) / _weights(job, state)[rows, None]
+    full = state.new_zeros(len(state), 1 + WIDEST + WIDEST**2, state.shape[2])
+    full[:, rows] = state / _weights(job, state)[rows, None]
     square = full[:, 1 + WIDEST :].unflatten(1, (WIDEST, WIDEST))
     square += _mirrored(square)
     return full
@@ -108,7 +119,7 @@ def _unpacked(state: Tensor, job: _Job, d_k: int) -> Tensor:
 
 def _mirrored(square: Tensor) -> Tensor:
     """The strict upper triangle of the first two of three axes, mirrored."""
-    upper = torch.ones(square.shape[1:3], device=square.device).triu(1)[None, :, :, None]
+    upper = torch.ones(square.shape[1:3], device=square.device, dtype=square.dtype).triu(1)[None, :, :, None]
     return (square * upper).transpose(1, 2)
 
 
@@ -119,25 +130,26 @@ class _Fused(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         q, k, v = (_last_contiguous(x) for x in (q, k, v))
         seen = None if mask is None else mask[:, None, :].to(_F32).expand(-1, q.shape[2], -1).contiguous()
-        first = None if state is None else _unpacked(state.flatten(0, 1), job, q.shape[3])
+        first = None if state is None else _unpacked(state[..., :-1].flatten(0, 1).float(), job, q.shape[3])
+        inverse, slope, total = _below(q, k, seen, None if state is None else summed(state.flatten(0, 1)), job)
         states, last = _cumulated(_span_sums(k, v, seen, seen, job), first, job)
         # In fp32: the backward pass multiplies it by the gradient and takes the difference of much alike.
         out = torch.empty(v.shape, dtype=_F32, device=v.device)
-        inverse = torch.empty(q.shape[0], q.shape[2], q.shape[1], dtype=_F32, device=q.device)
         flags = {"SEEN": seen is not None, "CAUSAL": job.causal}
-        _launch(_outputs, job, q, v, (q, k, v, out), (states, _or(seen, q), inverse), **flags)
-        ctx.save_for_backward(q, k, v, out, inverse, states, seen)
+        _launch(_outputs, job, q, v, (q, k, v, out), (states, inverse, _or(seen, q)), **flags)
+        ctx.save_for_backward(q, k, v, out, inverse, slope, states, seen)
         ctx.job, ctx.stateful = job, state is not None
-        return out.to(v.dtype), _packed(last, job, q.shape[3]).unflatten(0, (q.shape[0], q.shape[2]))
+        after = with_sum(_packed(last, job, q.shape[3])[..., :-1], total)
+        return out.to(v.dtype), after.unflatten(0, (q.shape[0], q.shape[2]))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out, inverse, states, seen = ctx.saved_tensors
+        q, k, v, out, inverse, slope, states, seen = ctx.saved_tensors
         job, d_k = ctx.job, q.shape[3]
         d_out = _last_contiguous(upstream[0])
-        d_z = (-(d_out.float() * out).sum(dim=-1).transpose(1, 2) * inverse).contiguous()
-        after = _unpacked(upstream[1].flatten(0, 1), job, d_k)
+        d_z = (-(d_out.float() * out).sum(dim=-1).transpose(1, 2) * slope).contiguous()
+        after = _unpacked(upstream[1][..., :-1].flatten(0, 1).float(), job, d_k)
         suffixes, first = _cumulated(_span_sums(q, d_out, inverse, d_z, job), after, job, backwards=True)
         tiles = triton.cdiv(v.shape[3], job.constants(q, v)["TILE"])
         d_q, d_k_parts = (torch.empty(tiles, *q.shape, dtype=_F32, device=q.device) for _ in range(2))
@@ -146,7 +158,8 @@ class _Fused(torch.autograd.Function):
         flags = {"SEEN": seen is not None, "CAUSAL": job.causal}
         _launch(_query_gradients, job, q, v, strided, (*columns, states, d_q), **flags)
         _launch(_key_gradients, job, q, v, strided, (*columns, suffixes, d_k_parts, d_v), **flags)
-        d_state = _packed(first, job, d_k).unflatten(0, (q.shape[0], q.shape[2])) if ctx.stateful else None
+        d_first = F.pad(_packed(first, job, d_k), (0, 1)).unflatten(0, (q.shape[0], q.shape[2]))
+        d_state = d_first if ctx.stateful else None
         return d_q.sum(0).to(q.dtype), d_k_parts.sum(0).to(k.dtype), d_v, None, d_state, None
 
 
@@ -157,6 +170,28 @@ def _last_contiguous(x: Tensor) -> Tensor:
 def _or(seen: Tensor | None, like: Tensor) -> Tensor:
     """A pointer that is not read."""
     return like if seen is None else seen
+
+
+def _below(
+    q: Tensor, k: Tensor, seen: Tensor | None, before: Tensor | None, job: _Job
+) -> tuple[Tensor, Tensor, Tensor]:
+    """1 / (z + eps) [batch, heads, time], the same or 0 where z is floored, and the sum of phi(k_j); `denominator`."""
+    (batch, time, heads, d_k), spans = q.shape, triton.cdiv(q.shape[1], SPAN)
+    made = job.constants(q, q)
+    shared = {name: made[name] for name in ("SPAN", "WIDTH")} | {"BLOCK": BLOCK, "SEEN": seen is not None}
+    sizes, grid = (time, heads, d_k), (spans, batch * heads)
+    moments = torch.empty(batch * heads, spans, 1 + WIDEST + WIDEST**2, 1, dtype=torch.float64, device=q.device)
+    z, bound = (torch.empty(batch, heads, time, dtype=torch.float64, device=q.device) for _ in range(2))
+    first = None if before is None else _unpacked(before[..., None], job, d_k)
+    with torch.cuda.device_of(q):
+        _sum_moments[grid](k, moments, _or(seen, q), *k.stride()[:3], *sizes, **shared)
+        starts, last = _cumulated(moments, first, job)
+        polynomial = {name: made[name] for name in ("C0", "C1", "C2")} | {"CAUSAL": job.causal}
+        arrays, strides = (q, k, starts, _or(seen, q), z, bound), (*q.stride()[:3], *k.stride()[:3])
+        _denominators[grid](*arrays, *strides, *sizes, **polynomial, **shared)
+    total, free = floored(z, bound, job.eps, _F32)
+    inverse = (1 / total).float()
+    return inverse, inverse * free, _packed(last, job, d_k)[..., 0]
 
 
 def _span_sums(x: Tensor, u: Tensor, by: Tensor | None, last: Tensor | None, job: _Job) -> Tensor:
@@ -201,4 +236,4 @@ def _launch(
     grid = (triton.cdiv(time, SPAN), batch * heads, triton.cdiv(v.shape[3], constants["TILE"]))
     strides = [stride for x in strided for stride in x.stride()[:3]]
     with torch.cuda.device_of(q):
-        kernel[grid](*strided, *rest, *strides, job.eps, time, heads, d_k, v.shape[3], **constants)
+        kernel[grid](*strided, *rest, *strides, time, heads, d_k, v.shape[3], **constants)

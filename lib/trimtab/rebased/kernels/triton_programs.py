@@ -1,4 +1,4 @@
-"""The four Triton programs of attention; see `triton` for how they go together."""
+"""The six Triton programs of attention; see `triton` for how they go together."""
 
 from typing import no_type_check
 
@@ -11,10 +11,13 @@ from trimtab.rebased.kernels.triton_tiles import (
     _column_of,
     _dot,
     _fold,
+    _precise,
     _read_state,
     _rows_of,
+    _seen,
     _square,
     _store_part,
+    _take_in,
     _weigh,
 )
 
@@ -24,7 +27,7 @@ from trimtab.rebased.kernels.triton_tiles import (
 @triton.jit
 @no_type_check
 def _sum_states(
-    x, u, by, last, sums, xb, xt, xh, ub, ut, uh, eps, time, heads, d_k, d_v,
+    x, u, by, last, sums, xb, xt, xh, ub, ut, uh, time, heads, d_k, d_v,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, LOWER: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, SEEN: tl.constexpr,
 ):  # fmt: skip
@@ -60,11 +63,11 @@ def _sum_states(
 @triton.jit
 @no_type_check
 def _outputs(
-    q, k, v, out, states, seen, inverse, qb, qt, qh, kb, kt, kh, vb, vt, vh, ob, ot, oh, eps, time, heads, d_k, d_v,
+    q, k, v, out, states, inverse, seen, qb, qt, qh, kb, kt, kh, vb, vt, vh, ob, ot, oh, time, heads, d_k, d_v,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, LOWER: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, SEEN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """out and 1 / (z + eps) of one span, whose state before it is states[row, span]."""
+    """out of one span, whose state before it is states[row, span]."""
     span, row, tile = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     batch, head = row // heads, row % heads
     s0, s1, s2, z0, z1, z2 = _read_state(states, row * tl.num_programs(0) + span, tile, d_v, TILE, WIDTH)
@@ -73,10 +76,8 @@ def _outputs(
         Q = _rows_of(q, batch, head, t, time, qb, qt, qh, 0, d_k, WIDTH)
         square = _square(Q, CHUNK, WIDTH)
         total = C2 * _dot(square, s2, HALF)
-        z = C2 * tl.sum(square * z2[None, :], 1)
         if LOWER:
             total += C1 * _dot(Q, s1, HALF) + C0 * s0[None, :]
-            z += C1 * tl.sum(Q * z1[None, :], 1) + C0 * z0
         if CAUSAL:
             K = _rows_of(k, batch, head, t, time, kb, kt, kh, 0, d_k, WIDTH)
             U = _rows_of(v, batch, head, t, time, vb, vt, vh, tile * TILE, d_v, TILE)
@@ -86,22 +87,74 @@ def _outputs(
                 U *= ones[:, None]
             p, _ = _weigh(_dot(Q, tl.trans(K), HALF), t, C0, C1, C2)
             total += _dot(p, U, HALF)
-            z += tl.sum(p * ones[None, :], 1)
             s0, s1, s2, z0, z1, z2 = _add(s0, s1, s2, z0, z1, z2, K, U, ones, LOWER, CHUNK, WIDTH, HALF)
-        over = 1 / (z + eps)
+        over = _column_of(inverse, row, t, time)
         columns = tile * TILE + tl.arange(0, TILE)
         inside = (t < time)[:, None] & (columns < d_v)[None, :]
         start = out + batch.to(tl.int64) * ob + head * oh
         tl.store(start + t.to(tl.int64)[:, None] * ot + columns[None, :], total * over[:, None], mask=inside)
-        if tile == 0:
-            tl.store(inverse + row.to(tl.int64) * time + t, over, mask=t < time)
+
+
+@triton.jit
+@no_type_check
+def _sum_moments(
+    k, moments, seen, kb, kt, kh, time, heads, d_k, SPAN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    SEEN: tl.constexpr,
+):  # fmt: skip
+    """moments[row, span]: sum 1, sum k and sum k k^T over one span's keys, in fp64."""
+    span, row = tl.program_id(0), tl.program_id(1)
+    m0, m1 = tl.zeros([1], tl.float64), tl.zeros([WIDTH], tl.float64)
+    m2 = tl.zeros([WIDTH, WIDTH], tl.float64)
+    for block in range(0, SPAN, BLOCK):
+        t = span * SPAN + block + tl.arange(0, BLOCK)
+        K = _precise(k, row // heads, row % heads, t, time, kb, kt, kh, d_k, WIDTH)
+        m0, m1, m2 = _take_in(m0, m1, m2, K, _seen(seen, row, t, time, SEEN))
+    start = moments + (row * tl.num_programs(0) + span).to(tl.int64) * (1 + WIDTH + WIDTH * WIDTH)
+    one = tl.arange(0, WIDTH)
+    tl.store(start + tl.arange(0, 1), m0)
+    tl.store(start + 1 + one, m1)
+    tl.store(start + 1 + WIDTH + one[:, None] * WIDTH + one[None, :], m2)
+
+
+@triton.jit
+@no_type_check
+def _denominators(
+    q, k, moments, seen, z, bound, qb, qt, qh, kb, kt, kh, time, heads, d_k,
+    C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, SPAN: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    SEEN: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
+    """z and its bound of one span's tokens in fp64, whose moments before it are moments[row, span]."""
+    span, row = tl.program_id(0), tl.program_id(1)
+    start = moments + (row * tl.num_programs(0) + span).to(tl.int64) * (1 + WIDTH + WIDTH * WIDTH)
+    one, block_of = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    m0, m1 = tl.load(start + tl.arange(0, 1)), tl.load(start + 1 + one)
+    m2 = tl.load(start + 1 + WIDTH + one[:, None] * WIDTH + one[None, :])
+    root0, root2 = tl.sqrt(C0 + tl.zeros([1], tl.float64)), tl.sqrt(C2 + tl.zeros([1], tl.float64))
+    for block in range(0, SPAN, BLOCK):
+        t = span * SPAN + block + block_of
+        Q = _precise(q, row // heads, row % heads, t, time, qb, qt, qh, d_k, WIDTH)
+        sums = C2 * tl.sum(tl.sum(Q[:, :, None] * m2[None, :, :], 1) * Q, 1)
+        sums += C1 * tl.sum(Q * m1[None, :], 1) + C0 * m0
+        trace = tl.sum(tl.sum(tl.where(one[:, None] == one[None, :], m2, 0.0), 1), 0)
+        sizes = root0 * m0 + root2 * trace + tl.zeros([BLOCK], tl.float64)
+        if CAUSAL:
+            K = _precise(k, row // heads, row % heads, t, time, kb, kt, kh, d_k, WIDTH)
+            ones = _seen(seen, row, t, time, SEEN)
+            s = tl.sum(Q[:, None, :] * K[None, :, :], 2)
+            earlier = tl.where(block_of[None, :] <= block_of[:, None], ones[None, :], 0.0)
+            sums += tl.sum((C0 + (C1 + C2 * s) * s) * earlier, 1)
+            sizes += tl.sum((root0 + root2 * tl.sum(K * K, 1))[None, :] * earlier, 1)
+            m0, m1, m2 = _take_in(m0, m1, m2, K, ones)
+        at = row.to(tl.int64) * time + t
+        tl.store(z + at, sums, mask=t < time)
+        tl.store(bound + at, (root0 + root2 * tl.sum(Q * Q, 1)) * sizes, mask=t < time)
 
 
 @triton.jit
 @no_type_check
 def _query_gradients(
     q, k, v, d_out, seen, inverse, d_z, states, d_q, qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh,
-    eps, time, heads, d_k, d_v,
+    time, heads, d_k, d_v,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, LOWER: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, SEEN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip
@@ -128,7 +181,7 @@ def _query_gradients(
 @no_type_check
 def _key_gradients(
     q, k, v, d_out, seen, inverse, d_z, states, d_k_parts, d_v_out, qb, qt, qh, kb, kt, kh, vb, vt, vh, gb, gt, gh,
-    eps, time, heads, d_k, d_v,
+    time, heads, d_k, d_v,
     C0: tl.constexpr, C1: tl.constexpr, C2: tl.constexpr, LOWER: tl.constexpr, CHUNK: tl.constexpr, SPAN: tl.constexpr,
     TILE: tl.constexpr, WIDTH: tl.constexpr, HALF: tl.constexpr, SEEN: tl.constexpr, CAUSAL: tl.constexpr,
 ):  # fmt: skip

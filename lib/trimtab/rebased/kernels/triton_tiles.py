@@ -124,3 +124,27 @@ def _store_part(out, found, tile, batch, head, t, time, heads, d_k, WIDTH: tl.co
     rows = ((tile * batches + batch).to(tl.int64) * time + t) * heads + head
     inside = ((t >= 0) & (t < time))[:, None] & (columns < d_k)[None, :]
     tl.store(out + rows[:, None] * d_k + columns[None, :], found, mask=inside)
+
+
+@triton.jit
+@no_type_check
+def _take_in(m0, m1, m2, K, ones):
+    """The moments sum 1, sum k and sum k k^T, in fp64, with a block of keys."""
+    seen = K * ones[:, None]
+    return m0 + tl.sum(ones, 0), m1 + tl.sum(seen, 0), m2 + tl.sum(seen[:, :, None] * K[:, None, :], 0)
+
+
+@triton.jit
+@no_type_check
+def _precise(x, batch, head, t, time, stride_b, stride_t, stride_h, width, WIDTH: tl.constexpr):
+    """`_rows_of`, in fp64."""
+    return _rows_of(x, batch, head, t, time, stride_b, stride_t, stride_h, 0, width, WIDTH).to(tl.float64)
+
+
+@triton.jit
+@no_type_check
+def _seen(seen, row, t, time, SEEN: tl.constexpr):
+    """1 in fp64 for tokens that are seen, else 0."""
+    if SEEN:
+        return _column_of(seen, row, t, time).to(tl.float64)
+    return (t < time).to(tl.float64)
