@@ -121,19 +121,18 @@ class _Chunked(torch.autograd.Function):
         exact = out if v.dtype == rows.dtype else torch.empty(v.shape, dtype=rows.dtype, device=v.device)
 
         def finish(sums: Tensor, piece: slice) -> None:
-            divided = sums[..., :-1] * below.inverse[:, piece]
-            exact[:, piece] = divided.unflatten(0, (batch, heads)).transpose(1, 2)
+            exact[:, piece] = sums.mul_(below.inverse[:, piece]).unflatten(0, (batch, heads)).transpose(1, 2)
 
         for i, piece in enumerate(pieces):
             K, U = rows.tokens_last(k, piece), rows.with_ones(v, piece)
             torch.baddbmm(states[i], job.expand(K), U, out=states[i + 1])
             if job.causal:
                 Q = rows.tokens_last(q, piece)
-                sums = torch.bmm(job.weights(job.scores(Q, K)), U)
-                finish(sums.baddbmm_(job.expand(Q).transpose(1, 2), states[i]), piece)
+                sums = torch.bmm(job.weights(job.scores(Q, K)), U[..., :-1])
+                finish(sums.baddbmm_(job.expand(Q).transpose(1, 2), states[i, ..., :-1]), piece)
         if not job.causal:
             for piece in pieces:
-                finish(torch.bmm(job.expand(rows.tokens_last(q, piece)).transpose(1, 2), states[-1]), piece)
+                finish(torch.bmm(job.expand(rows.tokens_last(q, piece)).transpose(1, 2), states[-1, ..., :-1]), piece)
         if exact is not out:
             out.copy_(exact)
         kept = states if job.causal else states[-1:].clone()

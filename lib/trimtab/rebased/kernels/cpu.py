@@ -176,18 +176,18 @@ def _denominators(q, k, seen, total, z, bound, constant, linear, square, causal)
             count += taken
             below, length = 0.0, 0.0
             columns[:] = 0
+            query, key = q[b, t, h], k[b, t, h]
             for a in range(width):
-                query, key = q[b, t, h, a], taken * k[b, t, h, a]
-                length += query * query
-                size += key * k[b, t, h, a]
-                first[a] += key
-                below += linear * linear * query * first[a]
+                row, by_query, by_key = moments[a], query[a], taken * key[a]
+                length += by_query * by_query
+                size += by_key * key[a]
+                first[a] += by_key
+                below += linear * linear * by_query * first[a]
                 for c in range(width):
-                    moment = moments[a, c] + key * k[b, t, h, c]
-                    moments[a, c] = moment
-                    columns[c] += query * moment
+                    row[c] += by_key * key[c]
+                    columns[c] += by_query * row[c]
             for c in range(width):
-                below += square * square * columns[c] * q[b, t, h, c]
+                below += square * square * columns[c] * query[c]
             z[r, t] = below + constant * constant * count
             bound[r, t] = (constant + square * length) * (constant * count + square * size)
         if constant:
