@@ -185,7 +185,8 @@ def _walk(
         suffix += 2 * weight * residual
         residual -= value * direction
         tl.store(d_values + t, tl.sum(suffix * direction, 0))
-        tl.store(suffixes + (row * stored + place) * width + local, suffix, mask=inside & (place >= 0))
+        kept = inside & (place + tl.zeros([BLOCK], tl.int32) >= 0)  # Triton 3.9 takes no mask of a scalar and a block
+        tl.store(suffixes + (row * stored + place) * width + local, suffix, mask=kept)
         direction = below
     tl.store(d_bias + row * width + local, suffix + 2 * nothing * residual, mask=inside)
 
