@@ -140,6 +140,9 @@ def main() -> None:
     """Entry point: bad input, and a disk that is full or closed, is one sentence, not a traceback. Run by DVC as a
     stage, it ends when DVC does, and remembers for `trimtab why` what went wrong."""
     _in_utf8()
+    # nbformat imports jsonschema, and that, where it is installed, a grammar of international addresses, which takes
+    # two seconds to build at every start. Notebooks have no such addresses to check.
+    sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that knows ASCII alone must not end a run
             stream.reconfigure(errors="backslashreplace")
