@@ -190,7 +190,7 @@ def test_a_stage_killed_at_random_moments_ends_with_the_same_bytes(smoke, name):
 
 
 def test_a_killed_kernel_fails_the_stage_and_the_next_repro_resumes(smoke):
-    set_parameter(smoke, "activations", "train_tokens", 12_000)
+    set_parameter(smoke, "activations", "train_tokens", 24_000)
     shutil.rmtree(smoke / "scratch", ignore_errors=True)
     command = ["dvc", "repro", "activations"]
     process = subprocess.Popen(command, cwd=smoke, env=environment(smoke), stdout=subprocess.DEVNULL)
