@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 HEAVY = re.compile(
     r"pipeline/site/|pipeline/test_(encodings|faults|inputs|kernel|new|normalising|notebook|places)\.py"
     r"|pipeline/test_(records_cli|report|run|terminal|verify)\.py"
-    r"|test_(activations|code|comparison|explore|imports|lab|launch|readme|resuming|types)\.py"
-    r"|training|experiment|exchange|triton|test_model"
+    r"|test_(activations|code|comparison|explore|families|golden|imports|lab|launch|readme|resuming|types)\.py"
+    r"|training|experiment|exchange|triton|test_model|TestGuard|read_only_installation|a_fork_of|own_layer|every_process"
 )
 """Tests that start kernels, DVC, processes or a browser, train something, or simulate: `make check` leaves them out"""
 MODELS = {"tiny_llama", "model_folder", "caches", "browser"}

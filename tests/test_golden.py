@@ -42,9 +42,11 @@ class AdamW:
 
 
 def clip(parameters, most):
+    """The gradient's norm before."""
     norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters.values()))
     for p in parameters.values():
         p.grad *= min(1.0, most / norm)
+    return norm
 
 
 def repeats(row, n):
@@ -88,7 +90,7 @@ def repetition_loss(model, kind, config, block, prefixes, written):
     "arm", ["likelihood", "unlikelihood-token", "policy", "unlikelihood", "implicit", "implicit-joint"]
 )
 def test_updates_against_repetition(model_folder, monkeypatch, arm):
-    """Rollouts in a two-letter alphabet, so that they repeat; max_grad_norm small, so that it clips."""
+    """Rollouts of three different tokens, so that they repeat; max_grad_norm small, so that it clips."""
     config = TrainingConfig(
         updates=6, prefixes=3, prefix_tokens=5, tokens=12, n=2, readings=1, rows=2, weight_decay=0.1,
         max_grad_norm=0.05, reward_weight=1.5, unlikelihood_weight=0.7,
@@ -117,11 +119,10 @@ def test_updates_against_repetition(model_folder, monkeypatch, arm):
         prefixes, written = (None, None) if update.kind.startswith("likelihood") else seen.pop(0)
         block = texts.pop(0) if update.kind.startswith("likelihood") else None
         repetition_loss(model, update.kind, config, block, prefixes, written).backward()
-        norm = math.sqrt(sum(float(p.grad.square().sum()) for p in parameters.values()))
+        most = config.max_grad_norm if update.kind in ("policy", "both") else math.inf
+        norm = clip(parameters, most)
         assert update.gradient == pytest.approx(norm, rel=1e-4)
-        if update.kind in ("policy", "both"):
-            clipped += norm > config.max_grad_norm
-            clip(parameters, config.max_grad_norm)
+        clipped += norm > most
         adam.step(parameters, 1e-3 * (1 - number / config.updates), lambda name: 0.1 * (parameters[name].dim() > 1))
     assert clipped or arm in ("likelihood", "unlikelihood-token", "unlikelihood")
     for name, p in parameters.items():
@@ -148,8 +149,7 @@ def test_steps_of_a_language_model(monkeypatch):
         ids = blocks[rows]
         log_p = model(ids[:, :-1]).log_softmax(-1).gather(2, ids[:, 1:, None])
         (-log_p.mean()).backward()
-        clipped += math.sqrt(sum(float(p.grad.square().sum()) for p in parameters.values())) > 1
-        clip(parameters, 1.0)
+        clipped += clip(parameters, 1.0) > 1
         rate = 0.02 * (step + 1) / 2 if step < 2 else 0.01 * (1 + math.cos(math.pi * (step - 2) / 18))
         adam.step(parameters, rate, lambda name: 0.1 * (parameters[name].dim() > 1))
     assert clipped

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trimtab.rebased.kernels import cpu
-from trimtab.rebased.kernels.polynomial import Polynomial, expand
+from trimtab.rebased.kernels.polynomial import Polynomial, bounding, expand
 
 EPS = 1e-12
 """Added to the sum of weights; the paper's code has 1e-12, flash-linear-attention's layer 1e-5."""
@@ -54,6 +54,15 @@ def floored(
     return torch.where(free, z, least) + eps, free
 
 
+def inverted(
+    z: Float[Tensor, "*batch"], bound: Float[Tensor, "*batch"], eps: float, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"]]:
+    """`inverse` and `slope` of `Denominators`, for a numerator in `dtype`."""
+    total, free = floored(z, bound, eps, dtype)
+    inverse = (1 / total).to(dtype)
+    return inverse, inverse * free
+
+
 class Denominators(NamedTuple):
     """Of every token of every row, rows being batch and heads."""
 
@@ -85,9 +94,8 @@ def denominators(
         z, bound = cpu.denominators(q, k, mask, total, polynomial, scale, causal)
     else:
         z, bound = _blockwise(q, k, mask, total, polynomial, scale, causal)
-    floored_z, free = floored(z, bound, eps, dtype)
-    inverse = (1 / floored_z).to(dtype)
-    return Denominators(inverse[..., None], (inverse * free)[..., None], total)
+    inverse, slope = inverted(z, bound, eps, dtype)
+    return Denominators(inverse[..., None], slope[..., None], total)
 
 
 def _blockwise(
@@ -97,7 +105,7 @@ def _blockwise(
     time, width = q.shape[1], q.shape[3]
     q, k = (x.transpose(1, 2).flatten(0, 1).double() for x in (q, k))
     seen = k.new_ones(len(k), time) if mask is None else mask.double().repeat_interleave(len(k) // len(mask), dim=0)
-    w = polynomial.bounding(width).to(total)
+    w = bounding(polynomial, width, q.device)
     pieces = [slice(start, start + BLOCK) for start in range(0, time, BLOCK)]
     z, bound = torch.empty_like(seen), torch.empty_like(seen)
 

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from trimtab.rebased.kernels.denominator import EPS, floored, summed, with_sum
-from trimtab.rebased.kernels.polynomial import Polynomial, expand
+from trimtab.rebased.kernels.polynomial import Polynomial, bounding, expand
 
 
 def attention(
@@ -36,7 +36,7 @@ def attention(
         z = torch.einsum("bhij,bj->bih", _weights(*precise, polynomial, scale, causal), seen)
         phi_q, phi_k = (expand(x, polynomial, scale) for x in precise)
         phi_k = phi_k * seen[:, :, None, None]
-        total, w = phi_k.sum(dim=1), polynomial.bounding(q.shape[3]).to(phi_k)
+        total, w = phi_k.sum(dim=1), bounding(polynomial, q.shape[3], q.device)
         sizes = (phi_k @ w).cumsum(dim=1) if causal else (total @ w)[:, None]
         after = torch.einsum("bjhf,bjhv->bhfv", expand(rough[1], polynomial, scale), u)
         if state is not None:

@@ -5,6 +5,7 @@ With s = scale q.k, Based (Arora et al. 2024) weighs a token by the Taylor expan
 square are the *outer product* of x with itself, d (d + 1) / 2 of them by symmetry, not its elementwise square.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -48,18 +49,21 @@ class Polynomial:
         """How many features `expand` makes of vectors of this width."""
         return self.below(width) + width * (width + 1) // 2
 
-    def bounding(self, width: int) -> Float[Tensor, " features"]:
-        """w of `denominator`: w.phi(x) >= |phi(x)|, with 1 for the constant and for each x_a^2."""
-        w = torch.zeros(self.features(width), dtype=torch.float64)
-        if self.constant:
-            w[0] = 1
-        first = torch.arange(width)
-        w[self.below(width) + first * width - first * (first - 1) // 2] = 1
-        return w
-
 
 BASED = Polynomial(1.0, 1.0, 0.5)
 REBASED = Polynomial(0.0, 0.0, 1.0)
+
+
+@functools.cache  # a step of decoding on a GPU would copy it there for every token
+def bounding(polynomial: Polynomial, width: int, device: torch.device) -> Float[Tensor, " features"]:
+    """w of `denominator`, in fp64: w.phi(x) >= |phi(x)|, with 1 for the constant and for each x_a^2, else 0."""
+    with torch.inference_mode(False):  # whoever asks first, others may need it in a gradient
+        w = torch.zeros(polynomial.features(width), dtype=torch.float64)
+        if polynomial.constant:
+            w[0] = 1
+        first = torch.arange(width)
+        w[polynomial.below(width) + first * width - first * (first - 1) // 2] = 1
+        return w.to(device)
 
 
 def expand(x: Float[Tensor, "*batch d_k"], polynomial: Polynomial, scale: float) -> Float[Tensor, "*batch features"]:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trimtab.rebased.kernels import cpu
 from trimtab.rebased.kernels.denominator import EPS, floor_share, floored, summed, with_sum
-from trimtab.rebased.kernels.polynomial import Polynomial, expand
+from trimtab.rebased.kernels.polynomial import Polynomial, bounding, expand
 
 
 def empty_state(
@@ -39,7 +39,7 @@ def step(
             values, total = flat[..., :-2], summed(flat) + phi_k
             values += phi_k[:, :, None].to(u.dtype) * u[:, None, :]
             flat.copy_(with_sum(values, total))
-            w = polynomial.bounding(q.shape[1]).to(total)
+            w = bounding(polynomial, q.shape[1], q.device)
             z, _ = floored((phi_q * total).sum(dim=1), (phi_q @ w) * (total @ w), eps, state.dtype)
             out = torch.bmm(phi_q[:, None, :].to(u.dtype), values)[:, 0] / z[:, None].to(u.dtype)
     return out.view(batch, heads, -1).to(v.dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trimtab.errors import InputError
-from trimtab.rebased.kernels.denominator import EPS, floored, summed, with_sum
+from trimtab.rebased.kernels.denominator import EPS, inverted, summed, with_sum
 from trimtab.rebased.kernels.polynomial import Polynomial
 from trimtab.rebased.kernels.triton_programs import (
     _denominators,
@@ -72,11 +72,15 @@ class _Job(NamedTuple):
     causal: bool
     eps: float
 
+    def coefficients(self) -> dict[str, float]:
+        """Of the polynomial in q.k itself."""
+        c0, c1, c2 = self.polynomial.constant, self.polynomial.linear, self.polynomial.quadratic
+        return {"C0": c0, "C1": c1 * self.scale, "C2": c2 * self.scale**2}
+
     def constants(self, q: Tensor, v: Tensor) -> dict[str, Any]:
-        c0, c1, c2 = (self.polynomial.constant, self.polynomial.linear, self.polynomial.quadratic)
         tile = min(TILE, max(16, triton.next_power_of_2(v.shape[-1])))
         return {
-            "C0": c0, "C1": c1 * self.scale, "C2": c2 * self.scale**2, "LOWER": self.polynomial.lower,
+            **self.coefficients(), "LOWER": self.polynomial.lower,
             "CHUNK": CHUNK, "SPAN": SPAN, "TILE": tile, "WIDTH": WIDEST,
             "HALF": v.dtype != _F32 and not INTERPRETED, "num_warps": 8,
         }  # fmt: skip
@@ -84,7 +88,7 @@ class _Job(NamedTuple):
 
 def _weights(job: _Job, like: Tensor) -> Tensor:
     """By which a row [1 + 16 + 256] of an unweighted state is multiplied where it is a feature of `expand`."""
-    c0, c1, c2 = job.polynomial.constant, job.polynomial.linear * job.scale, job.polynomial.quadratic * job.scale**2
+    c0, c1, c2 = job.coefficients().values()
     square = torch.full((WIDEST, WIDEST), 2 * c2, device=like.device, dtype=like.dtype)
     square.fill_diagonal_(c2)
     return torch.cat([square.new_tensor([c0]), square.new_full((WIDEST,), c1), square.flatten()]).sqrt()
@@ -177,8 +181,7 @@ def _below(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """1 / (z + eps) [batch, heads, time], the same or 0 where z is floored, and the sum of phi(k_j); `denominator`."""
     (batch, time, heads, d_k), spans = q.shape, triton.cdiv(q.shape[1], SPAN)
-    made = job.constants(q, q)
-    shared = {name: made[name] for name in ("SPAN", "WIDTH")} | {"BLOCK": BLOCK, "SEEN": seen is not None}
+    shared = {"SPAN": SPAN, "BLOCK": BLOCK, "WIDTH": WIDEST, "SEEN": seen is not None}
     sizes, grid = (time, heads, d_k), (spans, batch * heads)
     moments = torch.empty(batch * heads, spans, 1 + WIDEST + WIDEST**2, 1, dtype=torch.float64, device=q.device)
     z, bound = (torch.empty(batch, heads, time, dtype=torch.float64, device=q.device) for _ in range(2))
@@ -186,12 +189,9 @@ def _below(
     with torch.cuda.device_of(q):
         _sum_moments[grid](k, moments, _or(seen, q), *k.stride()[:3], *sizes, **shared)
         starts, last = _cumulated(moments, first, job)
-        polynomial = {name: made[name] for name in ("C0", "C1", "C2")} | {"CAUSAL": job.causal}
         arrays, strides = (q, k, starts, _or(seen, q), z, bound), (*q.stride()[:3], *k.stride()[:3])
-        _denominators[grid](*arrays, *strides, *sizes, **polynomial, **shared)
-    total, free = floored(z, bound, job.eps, _F32)
-    inverse = (1 / total).float()
-    return inverse, inverse * free, _packed(last, job, d_k)[..., 0]
+        _denominators[grid](*arrays, *strides, *sizes, **job.coefficients(), CAUSAL=job.causal, **shared)
+    return *inverted(z, bound, job.eps, _F32), _packed(last, job, d_k)[..., 0]
 
 
 def _span_sums(x: Tensor, u: Tensor, by: Tensor | None, last: Tensor | None, job: _Job) -> Tensor:

@@ -11,7 +11,6 @@ from trimtab.rebased.kernels.triton_tiles import (
     _column_of,
     _dot,
     _fold,
-    _precise,
     _read_state,
     _rows_of,
     _seen,
@@ -81,9 +80,8 @@ def _outputs(
         if CAUSAL:
             K = _rows_of(k, batch, head, t, time, kb, kt, kh, 0, d_k, WIDTH)
             U = _rows_of(v, batch, head, t, time, vb, vt, vh, tile * TILE, d_v, TILE)
-            ones = (t < time).to(tl.float32)
+            ones = _seen(seen, row, t, time, SEEN)
             if SEEN:
-                ones = _column_of(seen, row, t, time)
                 U *= ones[:, None]
             p, _ = _weigh(_dot(Q, tl.trans(K), HALF), t, C0, C1, C2)
             total += _dot(p, U, HALF)
@@ -107,8 +105,8 @@ def _sum_moments(
     m2 = tl.zeros([WIDTH, WIDTH], tl.float64)
     for block in range(0, SPAN, BLOCK):
         t = span * SPAN + block + tl.arange(0, BLOCK)
-        K = _precise(k, row // heads, row % heads, t, time, kb, kt, kh, d_k, WIDTH)
-        m0, m1, m2 = _take_in(m0, m1, m2, K, _seen(seen, row, t, time, SEEN))
+        K = _rows_of(k, row // heads, row % heads, t, time, kb, kt, kh, 0, d_k, WIDTH).to(tl.float64)
+        m0, m1, m2 = _take_in(m0, m1, m2, K, _seen(seen, row, t, time, SEEN).to(tl.float64))
     start = moments + (row * tl.num_programs(0) + span).to(tl.int64) * (1 + WIDTH + WIDTH * WIDTH)
     one = tl.arange(0, WIDTH)
     tl.store(start + tl.arange(0, 1), m0)
@@ -126,24 +124,23 @@ def _denominators(
     """z and its bound of one span's tokens in fp64, whose moments before it are moments[row, span]."""
     span, row = tl.program_id(0), tl.program_id(1)
     start = moments + (row * tl.num_programs(0) + span).to(tl.int64) * (1 + WIDTH + WIDTH * WIDTH)
-    one, block_of = tl.arange(0, WIDTH), tl.arange(0, BLOCK)
+    one = tl.arange(0, WIDTH)
     m0, m1 = tl.load(start + tl.arange(0, 1)), tl.load(start + 1 + one)
     m2 = tl.load(start + 1 + WIDTH + one[:, None] * WIDTH + one[None, :])
     root0, root2 = tl.sqrt(C0 + tl.zeros([1], tl.float64)), tl.sqrt(C2 + tl.zeros([1], tl.float64))
     for block in range(0, SPAN, BLOCK):
-        t = span * SPAN + block + block_of
-        Q = _precise(q, row // heads, row % heads, t, time, qb, qt, qh, d_k, WIDTH)
+        t = span * SPAN + block + tl.arange(0, BLOCK)
+        Q = _rows_of(q, row // heads, row % heads, t, time, qb, qt, qh, 0, d_k, WIDTH).to(tl.float64)
         sums = C2 * tl.sum(tl.sum(Q[:, :, None] * m2[None, :, :], 1) * Q, 1)
         sums += C1 * tl.sum(Q * m1[None, :], 1) + C0 * m0
         trace = tl.sum(tl.sum(tl.where(one[:, None] == one[None, :], m2, 0.0), 1), 0)
         sizes = root0 * m0 + root2 * trace + tl.zeros([BLOCK], tl.float64)
         if CAUSAL:
-            K = _precise(k, row // heads, row % heads, t, time, kb, kt, kh, d_k, WIDTH)
-            ones = _seen(seen, row, t, time, SEEN)
-            s = tl.sum(Q[:, None, :] * K[None, :, :], 2)
-            earlier = tl.where(block_of[None, :] <= block_of[:, None], ones[None, :], 0.0)
-            sums += tl.sum((C0 + (C1 + C2 * s) * s) * earlier, 1)
-            sizes += tl.sum((root0 + root2 * tl.sum(K * K, 1))[None, :] * earlier, 1)
+            K = _rows_of(k, row // heads, row % heads, t, time, kb, kt, kh, 0, d_k, WIDTH).to(tl.float64)
+            ones = _seen(seen, row, t, time, SEEN).to(tl.float64)
+            p, _ = _weigh(tl.sum(Q[:, None, :] * K[None, :, :], 2), t, C0, C1, C2)
+            sums += tl.sum(p * ones[None, :], 1)
+            sizes += tl.cumsum((root0 + root2 * tl.sum(K * K, 1)) * ones, 0)
             m0, m1, m2 = _take_in(m0, m1, m2, K, ones)
         at = row.to(tl.int64) * time + t
         tl.store(z + at, sums, mask=t < time)

@@ -27,6 +27,15 @@ def _column_of(x, row, t, time):
 
 @triton.jit
 @no_type_check
+def _seen(seen, row, t, time, SEEN: tl.constexpr):
+    """1 for tokens that are there and, where a mask is, seen; else 0."""
+    if SEEN:
+        return _column_of(seen, row, t, time)
+    return (t < time).to(tl.float32)
+
+
+@triton.jit
+@no_type_check
 def _dot(a, b, HALF: tl.constexpr):
     if HALF:
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
@@ -94,9 +103,8 @@ def _chunk_of(
     U = _rows_of(v, batch, head, t, time, vb, vt, vh, tile * TILE, d_v, TILE)
     G = _rows_of(d_out, batch, head, t, time, gb, gt, gh, tile * TILE, d_v, TILE)
     G *= _column_of(inverse, row, t, time)[:, None]
-    ones = (t < time).to(tl.float32)
+    ones = _seen(seen, row, t, time, SEEN)
     if SEEN:
-        ones = _column_of(seen, row, t, time)
         U *= ones[:, None]
     return Q, K, U, ones, G, tl.where(tile == 0, _column_of(d_z, row, t, time), 0.0)
 
@@ -132,19 +140,3 @@ def _take_in(m0, m1, m2, K, ones):
     """The moments sum 1, sum k and sum k k^T, in fp64, with a block of keys."""
     seen = K * ones[:, None]
     return m0 + tl.sum(ones, 0), m1 + tl.sum(seen, 0), m2 + tl.sum(seen[:, :, None] * K[:, None, :], 0)
-
-
-@triton.jit
-@no_type_check
-def _precise(x, batch, head, t, time, stride_b, stride_t, stride_h, width, WIDTH: tl.constexpr):
-    """`_rows_of`, in fp64."""
-    return _rows_of(x, batch, head, t, time, stride_b, stride_t, stride_h, 0, width, WIDTH).to(tl.float64)
-
-
-@triton.jit
-@no_type_check
-def _seen(seen, row, t, time, SEEN: tl.constexpr):
-    """1 in fp64 for tokens that are seen, else 0."""
-    if SEEN:
-        return _column_of(seen, row, t, time).to(tl.float64)
-    return (t < time).to(tl.float64)
