@@ -14,6 +14,7 @@ import nbformat
 from nbformat import NotebookNode
 
 from trimtab.pipeline.bars import ANSI, settled, without_bars
+from trimtab.pipeline.results import plain_text
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DEEPEST = 90
@@ -121,11 +122,6 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     return value if value is None or isinstance(value, bool | int) else plain_text(str(value))
-
-
-def plain_text(text: str) -> str:
-    """The text, with what no encoding can hold spelt out."""
-    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _merge_streams(outputs: list[NotebookNode]) -> list[NotebookNode]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from trimtab.errors import InputError
-from trimtab.pipeline.normalising import plain_text
 
 PROGRESS = "TRIMTAB_PROGRESS"
 """Environment variable, set by the runner: the file to which a notebook appends the folders that hold its progress."""
@@ -63,6 +62,11 @@ def plain(value: Any, name: str, unbounded: list[str], depth: int = 0) -> Any:
                 ) from error
             return plain(held, name, unbounded, depth + 1)
     raise InputError(f"{name} is {type(value).__name__}, which is no result: give numbers, text, lists or mappings.")
+
+
+def plain_text(text: str) -> str:
+    """The text, with what no encoding can hold spelt out."""
+    return str(text).encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _mapping(value: Mapping[Any, Any], name: str, unbounded: list[str], depth: int) -> dict[str, Any]:
