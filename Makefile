@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-.PHONY: repro check test smoke site serve lab bench peers lock
+.PHONY: repro check test mutants smoke site serve lab bench peers lock
 .DEFAULT_GOAL := repro
 
 .venv/installed: requirements.lock pyproject.toml
@@ -49,11 +49,16 @@ lab: .venv/installed          ## JupyterLab, opened where to start; commits leav
 bench: .venv/installed .venv-peers/installed        ## side-by-side measurements; each writes the CSV beside it
 	for script in benchmarks/*.py; do python $$script || exit 1; done
 
-.venv-peers/installed: .venv/installed benchmarks/peers.txt  # other libraries, over what .venv has
-	$(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/pip install --quiet --no-deps --requirement benchmarks/peers.txt
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-peers/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trimtab.pth"
+.venv-peers/installed: benchmarks/peers.txt
+.venv-mutants/installed: tests/mutants.txt
+.venv-%/installed: .venv/installed  # other libraries, over what .venv has
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --no-deps --requirement $(filter %.txt,$^)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > "$$(.venv-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/trimtab.pth"
 	touch $@
+
+mutants: .venv/tested .venv-mutants/installed  ## break the library on purpose, and list what no test notices (an hour or two)
+	.venv-mutants/bin/python tests/mutants.py
 
 peers: .venv-peers/installed  ## other libraries, for the exchange tests and the benchmarks
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from trimtab.claims import Claim, over_seeds, ratio_terms, seeds_and_groups, verdict_table
+from trimtab.claims import Claim, Verdict, over_seeds, ratio_terms, seeds_and_groups, verdict_table
 from trimtab.errors import InputError
 
 ABOVE = Claim("a", "more", "gain", "above", 0.0, "none")
@@ -23,6 +23,9 @@ BELOW = Claim("b", "less", "loss", "below", 0.05, "none")
         (BELOW, 0.0, 0.06, "inconclusive"),
         (BELOW, 0.06, 0.07, "not held"),
         (ABOVE, 0.0, 0.1, "inconclusive"),
+        (ABOVE, 0.0, 0.0, "inconclusive"),
+        (ABOVE, 0.1, 0.1, "held"),
+        (BELOW, 0.05, 0.05, "inconclusive"),
     ],
 )
 def test_outcomes(claim, low, high, outcome):
@@ -34,6 +37,45 @@ def test_outcomes(claim, low, high, outcome):
 def test_an_effect_outside_its_interval_is_a_mistake():
     with pytest.raises(InputError, match="outside its interval"):
         ABOVE.judge(1.0, 2.0, 3.0, "n")
+
+
+def test_a_verdict_says_all_that_was_stated_and_seen():
+    claim = Claim("short", "A is more.", "mean of A", "above", 0.25, "shuffled A")
+    said = {
+        "name": "short",
+        "text": "A is more.",
+        "statistic": "mean of A",
+        "rule": "above 0.25",
+        "control": "shuffled A",
+    }
+    assert claim.judge(0.5, 0.4, 0.6, "4 seeds") == Verdict(
+        **said, outcome="held", effect=0.5, low=0.4, high=0.6, n="4 seeds"
+    )
+    assert claim.judge(0.5, 0.4, np.inf, "4 seeds") == Verdict(
+        **said, outcome="held", effect=0.5, low=0.4, high=None, n="4 seeds"
+    )
+    for diverged in ((np.nan, 0.0, 1.0), (np.inf, 0.0, np.inf), (0.5, np.nan, 1.0), (0.5, 0.0, np.nan)):
+        assert claim.judge(*diverged, "4 seeds") == Verdict(
+            **said, outcome="inconclusive", effect=None, low=None, high=None, n="4 seeds"
+        )
+
+
+def test_the_table_of_verdicts():
+    claim = Claim("short", "A is more.", "mean of A", "below", 0.25, "shuffled A")
+    verdicts = [
+        claim.judge(0.12345, 0.1, 0.2, "4 seeds"),
+        claim.judge(0.12345, -np.inf, 0.2, "4 seeds"),
+        claim.judge(0.12345, 0.1, np.inf, "4 seeds"),
+        claim.judge(np.nan, 0.0, 1.0, "4"),
+    ]
+    assert verdict_table(verdicts).splitlines() == [
+        "| claim | verdict | statistic | effect | 95 % interval | held if | n | control |",
+        "|---|---|---|---|---|---|---|---|",
+        "| A is more. | **held** | mean of A | 0.123 | 0.1 to 0.2 | below 0.25 | 4 seeds | shuffled A |",
+        "| A is more. | **held** | mean of A | 0.123 | unbounded | below 0.25 | 4 seeds | shuffled A |",
+        "| A is more. | **inconclusive** | mean of A | 0.123 | unbounded | below 0.25 | 4 seeds | shuffled A |",
+        "| A is more. | **inconclusive** | mean of A | none | unbounded | below 0.25 | 4 | shuffled A |",
+    ]
 
 
 def weighted_mean(values):
@@ -81,7 +123,25 @@ def test_students_interval_agrees_with_scipy():
     mean, low, high = over_seeds(values)
     want = stats.ttest_1samp(values, 0).confidence_interval(0.95)
     assert (mean, low, high) == pytest.approx((np.mean(values), want.low, want.high))
+    want = stats.ttest_1samp(values[:2], 0).confidence_interval(0.95)
+    assert over_seeds(values[:2]) == pytest.approx((0.25, want.low, want.high))
     assert over_seeds([0.3]) == (0.3, -np.inf, np.inf)
+
+
+def test_where_seeds_and_documents_vary_the_freedom_is_satterthwaites():
+    values = np.random.default_rng(3).normal(size=(3, 1)) * 0.2 + np.random.default_rng(4).normal(size=(3, 20))
+    effect, low, high = seeds_and_groups(weighted_mean(values), 3, 20)
+    generator, draws = np.random.default_rng(0), []
+    for _ in range(1000):
+        chosen = generator.integers(20, size=20)
+        draws.append(values[:, chosen].mean())
+    seeds, documents = np.var(values.mean(axis=1), ddof=1) / 3, np.var(draws, ddof=1)
+    freedom = (seeds + documents) ** 2 / (seeds**2 / 2 + documents**2 / 19)
+    half = stats.t.ppf(0.975, freedom) * np.sqrt(seeds + documents)
+    assert (effect, low, high) == pytest.approx((values.mean(), values.mean() - half, values.mean() + half))
+    two = seeds_and_groups(lambda index, weights: float(index), 2, 1)  # seeds alone vary, and there is one document
+    assert two == pytest.approx(over_seeds([0.0, 1.0]))
+    assert seeds_and_groups(lambda index, weights: 2.0, 3, 4) == (2.0, 2.0, 2.0)
 
 
 def test_terms_of_a_ratio_are_its_mean_and_its_derivatives():

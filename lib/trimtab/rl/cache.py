@@ -13,7 +13,7 @@ class RoomyCache(Cache):
 
     def __init__(self, length: int) -> None:
         self.length = length
-        super().__init__(layer_class_to_replicate=lambda: _RoomyLayer(length))  # type: ignore[arg-type]  # only called
+        super().__init__(layer_class_to_replicate=lambda: _RoomyLayer(length))
 
 
 class _RoomyLayer(DynamicLayer):
