@@ -233,6 +233,7 @@ class TestContributions:
         assert len(questions.items) == len(questions.prompts) == 6
         table = contributions.by_layer(obliging, wrapped, vectors, questions)
         assert table["layer"].to_list() == [0, 1, 2]
+        assert contributions.by_layer(obliging, wrapped, vectors, questions, 2).equals(table[::2])
         for layer, alone, without in table.iter_rows():
             only = SteeringVectors([layer], 16)
             rest = SteeringVectors([i for i in range(3) if i != layer], 16)

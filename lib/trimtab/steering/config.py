@@ -77,6 +77,8 @@ class LensConfig:
     """Held-out prompts whose last residuals the difference lens averages over."""
     items: int = 100
     """Held-out items on which each layer's contribution is read ..."""
+    layer_step: int = 1
+    """... or that of each n-th ..."""
     latent_items: int = 100
     """... and that of latents."""
     top: int = 10
@@ -87,7 +89,7 @@ class LensConfig:
     """Numbers of SAE latents that the vector of the SAE's layer is rebuilt from."""
 
     def __post_init__(self) -> None:
-        at_least(1, self, "prompts_read", "items", "latent_items", "random_draws")
+        at_least(1, self, "prompts_read", "items", "layer_step", "latent_items", "random_draws")
         at_least(2, self, "top")
         ascending(self, "latents")
         require(16 in self.latents, "latents", self.latents, "a list that holds 16, which a claim is about")

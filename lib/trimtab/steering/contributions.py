@@ -26,12 +26,13 @@ VECTOR = "vector"
 
 
 def by_layer(
-    bench: Bench, wrapped: "TransformersModel", vectors: SteeringVectors, questions: Questions
+    bench: Bench, wrapped: "TransformersModel", vectors: SteeringVectors, questions: Questions, step: int = 1
 ) -> pl.DataFrame:
-    """Greedy accuracy with one layer's vector alone, and with all but that one: columns `layer`, `alone`, `without`."""
+    """Greedy accuracy with one layer's vector alone, and with all but that one, for each of the layers, or for each
+    `step`-th: columns `layer`, `alone`, `without`."""
     whole = vectors.vectors().detach()
     rows = []
-    for i, layer in enumerate(tqdm(vectors.layers, desc="layers", mininterval=1)):
+    for i, layer in tqdm(list(enumerate(vectors.layers))[::step], desc="layers", mininterval=1):
         here = torch.zeros(len(whole), 1, device=whole.device)
         here[i] = 1
         alone, without = (
