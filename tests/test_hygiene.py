@@ -231,3 +231,14 @@ def test_the_readme_shows_the_verdicts_of_the_committed_records():
     recorded = claims_of(ROOT / "records/README.md")
     assert recorded
     assert claims_of(ROOT / "README.md") == recorded, "run `trimtab report`"
+
+
+def test_what_is_annotated_with_shapes_is_checked_when_tests_run():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    checked = options["addopts"].split("--jaxtyping-packages=")[1].split(",")[:-1]
+    annotated = {
+        ".".join(["trimtab", path.relative_to(ROOT / "lib/trimtab").with_suffix("").parts[0]])
+        for path in ROOT.glob("lib/trimtab/**/*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    }
+    assert set(checked) == annotated

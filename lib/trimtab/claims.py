@@ -6,7 +6,6 @@ from typing import Literal
 
 import numpy as np
 from jaxtyping import Float
-from scipy import special
 
 from trimtab.errors import InputError
 
@@ -94,7 +93,7 @@ def seeds_and_groups(
     if not squares.any():
         return effect, effect, effect
     freedom = squares.sum() ** 2 / (squares**2 / [seeds - 1, max(1, groups - 1)]).sum()
-    half = float(special.stdtrit(freedom, 0.975) * np.sqrt(squares.sum()))
+    half = _students(float(freedom)) * float(np.sqrt(squares.sum()))
     return effect, effect - half, effect + half
 
 
@@ -113,8 +112,15 @@ def over_seeds(values: Sequence[float]) -> tuple[float, float, float]:
     mean = float(np.mean(values))
     if len(values) < 2:
         return mean, -np.inf, np.inf
-    half = float(special.stdtrit(len(values) - 1, 0.975) * np.std(values, ddof=1) / np.sqrt(len(values)))
+    half = _students(float(len(values) - 1)) * float(np.std(values, ddof=1) / np.sqrt(len(values)))
     return mean, mean - half, mean + half
+
+
+def _students(freedom: float) -> float:
+    """The quantile of Student's t that bounds a 95 % interval."""
+    from scipy import special  # a quarter of a second, which what merely shows verdicts need not wait
+
+    return float(special.stdtrit(freedom, 0.975))
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> str:
