@@ -6,6 +6,7 @@ import os
 # one another make minutes of seconds then.
 os.environ["OMP_WAIT_POLICY"] = "passive"
 
+import beartype  # noqa: F401 (what checks types cannot be imported any more once a pybind11 module is)
 import torch
 
 os.environ["HF_HUB_OFFLINE"] = "1"
