@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer, models
 
 from trimtab.errors import InputError
-from trimtab.launch import each
+from trimtab.launch import CHECKPOINT, each
 from trimtab.rebased import mqar_training, pretraining
 from trimtab.rebased.model import LanguageModel
 from trimtab.rebased.mqar import IGNORED, recall
@@ -70,6 +70,14 @@ class TestRecall:
         assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), again.parameters(), strict=True))
         assert resumed.history == run.history
         assert resumed.accuracy == run.accuracy
+
+    def test_a_job_gives_the_run_as_plain_numbers(self, tmp_path):
+        _, run = train_recall(SMALL, job("rebased"))
+        found = mqar_training.run_job(SMALL, "cpu", *job("rebased"), place=tmp_path)
+        assert found == job("rebased")._asdict() | {
+            "history": run.history, "accuracy": run.accuracy, "state": run.state
+        }  # fmt: skip
+        assert (tmp_path / CHECKPOINT).is_file()
 
     def test_pairs_grow_to_all_of_them_in_the_first_half(self):
         config = replace(SMALL, steps=100)
@@ -150,13 +158,14 @@ class TestText:
         with pytest.raises(InputError, match="trains"):
             pretraining.best_rate({1e-1: math.nan})
 
-    def test_a_job_in_a_process_of_its_own_leaves_the_model_of_the_run(self, blocks, tmp_path):
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_a_job_leaves_the_model_of_the_run_in_this_process_or_another(self, blocks, tmp_path, workers):
         tokens = {split: blocks[:, 1:].flatten().int() for split in ("train", "val", "test")}
         groups = {split: torch.zeros(1, dtype=torch.int32) for split in tokens}
         Text(tokens, groups, dict.fromkeys(tokens, 1), 16).save(tmp_path / "text", Tokenizer(models.BPE()))
         job = ("rebased", 1e-2, 1, 960)
         run = partial(pretraining.run_job, TEXT, str(tmp_path / "text"), "cpu")
-        (found,) = each(run, [job], tmp_path / "jobs", workers=2, places=True)
+        (found,) = each(run, [job], tmp_path / "jobs", workers=workers, places=True)
         kept, history = LanguageModel.load(tmp_path / "jobs" / found["model"]), found["history"]
         source = Text.load(tmp_path / "text")
         cut, valid = (source.blocks(split, TEXT.block_tokens) for split in ("train", "val"))

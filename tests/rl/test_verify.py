@@ -108,17 +108,25 @@ COUNTDOWN = json.dumps(
 )
 
 
-@pytest.mark.parametrize(
-    ("completion", "expected"),
-    [
-        ("(2 + 3) * 5", 1), (" 5*(3+2)\n", 1), ("5 * 3 + 5 * 2", 0), ("25", 0), ("5 * 5", 0), ("2 + 3 + 5", 0),
-        ("(2 + 3) * 5 = 25", 0), ("(2 + 3) * 5.", 0), ("5 ** 2 + 3 - 3", 0), ("5 * (3 + 2", 0), ("", 0),
-        ("5 / (2 - 2)", 0),
-        ("2 3 5", 0), ("(lambda: 25)() + 0*(2+3+5)", 0), ("(2 + 3) * 5 # right", 0), ("5 // 2 + 3", 0),
-    ],
-)  # fmt: skip
+SCORED = [
+    ("(2 + 3) * 5", 1), (" 5*(3+2)\n", 1), ("5 * 3 + 5 * 2", 0), ("25", 0), ("5 * 5", 0), ("2 + 3 + 5", 0),
+    ("(2 + 3) * 5 = 25", 0), ("(2 + 3) * 5.", 0), ("5 ** 2 + 3 - 3", 0), ("5 * (3 + 2", 0), ("", 0),
+    ("5 / (2 - 2)", 0),
+    ("2 3 5", 0), ("(lambda: 25)() + 0*(2+3+5)", 0), ("(2 + 3) * 5 # right", 0), ("5 // 2 + 3", 0),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("completion", "expected"), SCORED)
 def test_the_scorer_counts_only_what_is_fully_right(completion, expected):
     assert scorer(completion, COUNTDOWN) == expected
+
+
+def test_what_a_worker_computes_is_the_same_in_this_process(monkeypatch):
+    monkeypatch.setattr(GUARD, "run", lambda check, *args: float(verify._attempt(check, args)))
+    for box, answer, expected in BOXED:
+        assert boxed(f"\\boxed{{{box}}}", answer) == expected, (box, answer)
+    for completion, expected in SCORED:
+        assert scorer(completion, COUNTDOWN) == expected, completion
 
 
 def test_the_scorer_never_runs_code(tmp_path):

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.cache_utils import DynamicCache
 
 from trimtab.errors import InputError
-from trimtab.interventions import final_hidden, steer, wrap
+from trimtab.interventions import capture, final_hidden, steer, wrap
 from trimtab.steering.vectors import SteeringVectors
 
 IDS = torch.arange(2, 16).view(2, 7)
@@ -117,3 +118,32 @@ def test_bad_choices_are_refused(wrapped):
         SteeringVectors([3], 16).applied_to(wrapped)
     with pytest.raises(InputError, match="distinct"):
         steer(wrapped, [1, 1], lambda: torch.zeros(2, 16))
+
+
+def test_vectors_below_the_resolution_of_16_bits_add_up(tokenizer):
+    """Blocks that add nothing, and a stream of about 4, whose neighbours in bf16 are 0.03 apart: vectors of 0.003 would
+    each be rounded away. Gradients are sums in fp32."""
+    config = LlamaConfig(
+        vocab_size=258, hidden_size=16, intermediate_size=8, num_hidden_layers=12, num_attention_heads=2
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.self_attn.o_proj.weight.zero_()
+            block.mlp.down_proj.weight.zero_()
+        model.model.embed_tokens.weight.copy_(4 + torch.rand(258, 16, generator=torch.Generator().manual_seed(0)))
+    model = model.bfloat16()
+    made = SteeringVectors(range(12), 16)
+    with torch.no_grad():
+        made.weight.fill_(0.003)
+        made.weight[:, 8:] *= -1
+    view = made.applied_to(wrap(model, tokenizer))
+    before = model.model.embed_tokens(IDS).float()
+    after = capture(view, IDS, MASK, [11])[11].float()
+    assert (after - before - made.weight.sum(0)).abs().max() < 0.017
+    assert (after - before)[..., :8].min() > 0.02
+    assert (after - before)[..., 8:].max() < -0.02
+    hidden = final_hidden(view, IDS, MASK, POSITIONS)
+    hidden.float().square().sum().backward()
+    assert made.weight.grad.dtype == torch.float32
+    torch.testing.assert_close(made.weight.grad, made.weight.grad[:1].expand(12, -1), rtol=1e-2, atol=1e-3)

@@ -34,8 +34,9 @@ def capture(
     found: dict[int, Any] = {}
     with torch.inference_mode(), model.trace(_inputs(input_ids, attention_mask)) as tracer:
         added = [each.vectors() for each in additions]
+        owed: list[Tensor | None] = [None] * len(additions)
         for layer in visited:
-            add_at(blocks, layer, additions, added)
+            add_at(blocks, layer, additions, added, owed)
             if layer in sites:
                 hidden: Any = hidden_of(blocks[layer].output)
                 found[layer] = hidden.save()
@@ -52,8 +53,9 @@ def resume(
 ) -> Float[Tensor, "batch seq vocabulary"]:
     """Logits from a given residual stream at `site`: the blocks up to it are skipped, those above it run.
 
-    With what `capture` gives for the site, these are the logits of the full pass; every replacement of the same batch
-    then costs only the blocks above. In the model's own dtype. Raises InputError for a site that the model does not
+    With what `capture` gives for the site, these are the logits of the full pass (of a steered 16-bit model but for
+    what rounding still owes the vectors below); every replacement of the same batch then costs only the blocks above.
+    In the model's own dtype. Raises InputError for a site that the model does not
     have.
     """
     model, additions = additions_of(wrapped)
@@ -67,8 +69,9 @@ def resume(
         for block in blocks[: site + 1]:
             block.skip(output)
         added = [each.vectors() for each in additions]
+        owed: list[Tensor | None] = [None] * len(additions)
         for layer in above:
-            add_at(blocks, layer, additions, added)
+            add_at(blocks, layer, additions, added, owed)
         logits = model.output.logits.save()
     return logits
 

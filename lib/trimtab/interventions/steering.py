@@ -41,6 +41,8 @@ def steer(
 
     `vectors` is called in every forward pass, of a trace and of a decoding step alike, so that the view follows
     training, and gradients reach what it reads. The model itself, and the view it came from, stay as they are.
+    The sum is taken in fp32; what rounding to a model's 16 bits takes from it, which of a small vector may be nearly
+    all, is added at the next of `layers`.
     Raises InputError for a layer that the model does not have.
     """
     blocks = blocks_of(wrapped)
@@ -52,9 +54,9 @@ def steer(
     parts = [(i, _part(blocks[layers[i]], place)) for i in order]
     with wrapped.edit() as (tracer, view):
         for _ in tracer.all():  # every step of a generation; a trace has one
-            added = vectors()
+            added, owed = vectors(), None
             for i, part in parts:
-                _add(part, added[i])
+                owed = _add(part, added[i], owed)
     root, additions = additions_of(wrapped)
     _ADDITIONS[view] = root, (*additions, Addition(tuple(layers), vectors, place))
     return view
@@ -77,19 +79,27 @@ def additions_of(view: TransformersModel) -> tuple[TransformersModel, tuple[Addi
     return _ADDITIONS.get(view, (view, ()))
 
 
-def add_at(blocks: Any, layer: int, additions: Sequence[Addition], added: Sequence[Tensor]) -> None:
-    """Within a trace: make the additions at one layer, in the order in which its parts run."""
+def add_at(
+    blocks: Any, layer: int, additions: Sequence[Addition], added: Sequence[Tensor], owed: list[Tensor | None]
+) -> None:
+    """Within a trace: make the additions at one layer, in the order in which its parts run. `owed` has what rounding
+    took from each at the layers before, None at the first, and is brought up to date."""
     for place in get_args(Place)[::-1]:
-        for addition, vectors in zip(additions, added, strict=True):
+        for i, (addition, vectors) in enumerate(zip(additions, added, strict=True)):
             if addition.place == place and layer in addition.layers:
-                _add(_part(blocks[layer], place), vectors[addition.layers.index(layer)])
+                owed[i] = _add(_part(blocks[layer], place), vectors[addition.layers.index(layer)], owed[i])
 
 
-def _add(part: Any, vector: Tensor) -> None:
+def _add(part: Any, vector: Tensor, owed: Tensor | None = None) -> Tensor | None:
+    """Add a vector, and what earlier ones are `owed`; returns what rounding took."""
     output = part.output
     hidden = hidden_of(output)
-    moved = hidden + vector.to(hidden.dtype)
+    exact = hidden + vector.to(torch.promote_types(hidden.dtype, torch.float32))
+    if owed is not None:
+        exact = exact + owed
+    moved = exact.to(hidden.dtype)
     part.output = moved if isinstance(output, Tensor) else (moved, *output[1:])
+    return None if moved.dtype == exact.dtype else (exact - moved).detach()
 
 
 def final_hidden(
