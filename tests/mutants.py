@@ -1,7 +1,8 @@
 """`make mutants`: break the library in every way that mutmut knows, and count what the tests notice.
 
 mutmut names modules by their path below `src`, so it works on a copy, in scratch/mutants, where the library lies there;
-an interrupted run goes on where it was. The modules and tests are listed in pyproject.toml, [tool.mutmut].
+an interrupted run goes on where it was. After a change remove that folder first: which test reaches what is written
+down there. The modules and tests are listed in pyproject.toml, [tool.mutmut].
 """
 
 import os
@@ -25,15 +26,8 @@ def main() -> None:
     mutmut = Path(sys.executable).with_name("mutmut")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "NUMBA_NUM_THREADS": "1"}
     subprocess.run([mutmut, "run", *sys.argv[1:]], cwd=COPY, env=environment, check=True)
-    told = subprocess.run(
-        [mutmut, "results", "--all", "true"],
-        cwd=COPY,
-        env=environment,
-        capture_output=True,
-        encoding="utf-8",
-        check=True,
-    )
-    statuses = dict(line.strip().split(": ") for line in told.stdout.splitlines() if "__mutmut_" in line)
+    told = subprocess.check_output([mutmut, "results", "--all", "true"], cwd=COPY, env=environment, encoding="utf-8")
+    statuses = dict(line.strip().split(": ") for line in told.splitlines() if "__mutmut_" in line)
     modules: dict[str, Counter[str]] = defaultdict(Counter)
     for name, status in statuses.items():
         modules[name.rpartition(".")[0]][status] += 1

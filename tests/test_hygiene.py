@@ -237,7 +237,7 @@ def test_what_is_annotated_with_shapes_is_checked_when_tests_run():
     options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
     checked = options["addopts"].split("--jaxtyping-packages=")[1].split(",")[:-1]
     annotated = {
-        ".".join(["trimtab", path.relative_to(ROOT / "lib/trimtab").with_suffix("").parts[0]])
+        f"trimtab.{path.relative_to(ROOT / 'lib/trimtab').with_suffix('').parts[0]}"
         for path in ROOT.glob("lib/trimtab/**/*.py")
         if "from jaxtyping import" in path.read_text(encoding="utf-8")
     }

@@ -55,8 +55,7 @@ def resume(
 
     With what `capture` gives for the site, these are the logits of the full pass (of a steered 16-bit model but for
     what rounding still owes the vectors below); every replacement of the same batch then costs only the blocks above.
-    In the model's own dtype. Raises InputError for a site that the model does not
-    have.
+    In the model's own dtype. Raises InputError for a site that the model does not have.
     """
     model, additions = additions_of(wrapped)
     blocks = blocks_of(model)

@@ -90,7 +90,7 @@ def add_at(
                 owed[i] = _add(_part(blocks[layer], place), vectors[addition.layers.index(layer)], owed[i])
 
 
-def _add(part: Any, vector: Tensor, owed: Tensor | None = None) -> Tensor | None:
+def _add(part: Any, vector: Tensor, owed: Tensor | None) -> Tensor | None:
     """Add a vector, and what earlier ones are `owed`; returns what rounding took."""
     output = part.output
     hidden = hidden_of(output)
