@@ -1,5 +1,6 @@
 """Small real parts: a random two-layer Llama, a byte-level tokenizer, and a planted activation cache."""
 
+import gc
 import os
 
 # Of what the tests start: notebooks have two threads each, and two run at once. Threads that spin while they wait for
@@ -29,6 +30,7 @@ from trimtab.corpus import Blocks, CorpusConfig, split_documents, token_blocks
 from trimtab.interventions import wrap
 from trimtab.texts import DOCUMENTS
 
+gc.set_threshold(100_000, 50, 100)  # what is collected is a million objects, and no garbage
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 ROOT = Path(__file__).parents[1]
 HEAVY = re.compile(
@@ -49,6 +51,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if HEAVY.search(item.nodeid) or MODELS & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.heavy)
     items.sort(key=lambda item: (_has(item, "after_pipeline"), not _has(item, "pipeline")))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.set_threshold(700, 10, 10)
 
 
 def _has(item: pytest.Item, marker: str) -> bool:

@@ -11,7 +11,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fnmatch import fnmatch
-from functools import cache, partial
+from functools import cache, lru_cache, partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import CodeType, FunctionType, MethodType, ModuleType
@@ -32,22 +32,31 @@ def module_digests(*start: Path, without: Iterable[str] = (), library: Path = LI
     Imports are read, not run: those inside functions count, those under TYPE_CHECKING do not. A module that is imported
     by a computed name brings all modules of the folder it is imported in.
     """
-    library, found = library.resolve(), dict[Path, str]()
-    waiting, seen = [path.resolve() for path in start], set[Path]()
+    library, without, found = library.resolve(), tuple(without), dict[str, str]()
+    waiting = [path.resolve() for path in start]
+    seen = set(waiting)
     while waiting:
         path = waiting.pop()
-        inside = path.relative_to(library).as_posix() if path.is_relative_to(library) else ""
-        if path in seen or any(fnmatch(inside, pattern) for pattern in without):
+        inside = _within(path, library, without)
+        if inside is None:
             continue
-        seen.add(path)
         source, package = _source(path), ""
         if inside:
-            found[path] = digest(source)
+            found[f"lib/{library.name}/{inside}"] = digest(source)
             package = ".".join([library.name, *Path(inside).parent.parts])
-            waiting += _files(package, library)
-        for name in _imports(source, package):
-            waiting += _files(name, library)
-    return {f"lib/{library.name}/{path.relative_to(library).as_posix()}": found[path] for path in sorted(found)}
+        for place in _imports(source, package, library):
+            for file in [place] if place.suffix else place.glob("*.py"):
+                if file not in seen:
+                    seen.add(file)
+                    waiting += [file] if file.is_file() else []
+    return dict(sorted(found.items()))
+
+
+@cache
+def _within(path: Path, library: Path, without: tuple[str, ...]) -> str | None:
+    """A file's path within the library, nothing of one outside, None of one that is left out."""
+    inside = path.relative_to(library).as_posix() if path.is_relative_to(library) else ""
+    return None if any(fnmatch(inside, pattern) for pattern in without) else inside
 
 
 @cache
@@ -130,23 +139,34 @@ def _text_of(function: Callable[..., Any]) -> str:
     file = Path(program.co_filename).resolve()
     lines = () if in_file(function) else linecache.getlines(program.co_filename, function.__globals__)
     source = _source(file) if in_file(function) else "".join(lines)
+    return _program_digest(source, program, program.co_linetable, function.__doc__)
+
+
+@cache
+def _program_digest(source: str, program: CodeType, _lines: bytes, doc: str | None) -> str:
+    """`_lines`: where its instructions lie, by which Python does not tell programs apart."""
     node = _definition(source, program)
-    content = _plain(node) if node else _bytecode(program, function.__doc__)
+    content = _plain(node) if node else _bytecode(program, doc)
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
-def _definition(source: str, program: CodeType) -> ast.AST | None:
+@lru_cache(maxsize=16)
+def _functions(source: str) -> Mapping[tuple[str, int], list[ast.AST]]:
+    """Definitions and lambdas of a program, by name and first line; none of a text that is not Python."""
+    found: dict[tuple[str, int], list[ast.AST]] = {}
     try:
         tree = _parse(source)
     except (SyntaxError, ValueError):
-        return None
-    found = []
+        return found
     for node in ast.walk(tree):
-        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            continue
-        first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
-        if (getattr(node, "name", "<lambda>"), first) == (program.co_name, program.co_firstlineno):
-            found.append(node)
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            first = min([node.lineno, *(each.lineno for each in getattr(node, "decorator_list", ()))])
+            found.setdefault((getattr(node, "name", "<lambda>"), first), []).append(node)
+    return found
+
+
+def _definition(source: str, program: CodeType) -> ast.AST | None:
+    found = _functions(source).get((program.co_name, program.co_firstlineno), [])
     if len(found) > 1:
         at = [place for place in program.co_positions() if None not in place and place[2] != place[3]]
         found = [
@@ -244,15 +264,18 @@ def _pieces(node: ast.JoinedStr) -> list[Any]:
 
 
 @cache
-def _imports(source: str, package: str) -> tuple[str, ...]:
-    """Dotted names that a program imports, or may; a name that ends in a dot means all modules of that package."""
+def _imports(source: str, package: str, library: Path) -> tuple[Path, ...]:
+    """Files of the library that a program of this package imports, or may, where they exist; a folder stands for all
+    modules in it."""
     try:
-        return tuple(dict.fromkeys(_names(_parse(source), package)))
+        names = [package, *_names(_parse(source), package)]
     except (SyntaxError, ValueError):
-        return ()
+        names = [package]
+    return tuple(dict.fromkeys(file for name in names for file in _files(name, library)))
 
 
 def _names(tree: ast.AST, package: str) -> Iterator[str]:
+    """Dotted names that a program imports, or may; a name that ends in a dot means all modules of that package."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
             yield from _names(ast.Module(node.orelse, []), package)
@@ -281,7 +304,7 @@ def _absolute(name: str, package: str) -> str:
 
 
 def _files(name: str, library: Path) -> list[Path]:
-    """Files of the library that an import of this dotted name runs: the packages on the way, and the module."""
+    """What an import of this dotted name runs of the library: the packages on the way, and the module."""
     top, *rest = name.split(".")
     if top != library.name:
         return []
@@ -289,5 +312,4 @@ def _files(name: str, library: Path) -> list[Path]:
     rest = rest[:-1] if every else rest
     files = [library.joinpath(*rest[:i], "__init__.py") for i in range(len(rest) + 1)]
     files += [library.joinpath(*rest).with_suffix(".py")] if rest else []
-    files += library.joinpath(*rest).glob("*.py") if every else []
-    return [file for file in files if file.is_file()]
+    return [*files, *([library.joinpath(*rest)] if every else [])]

@@ -24,6 +24,12 @@ OTHERS = (
     "COLUMNS", "LINES", "NO_COLOR", "FORCE_COLOR", "POLARS_FMT_", "POLARS_TABLE_WIDTH", "TQDM_", "JPY_PARENT_PID",
 )  # fmt: skip
 """Beginnings of names of a user's settings that would change what a notebook prints, or run code of the user's."""
+START = (
+    "import gc, runpy; gc.set_threshold(100_000, 50, 100); "
+    "runpy.run_module('ipykernel_launcher', run_name='__main__', alter_sys=True)"
+)
+"""Starts a kernel. Imports make half a million objects and no garbage, and a fifth of their time went into looking for
+some; `trimtab.pipeline.notebook.begin` sets Python's own thresholds again."""
 TRACKER_SECONDS = 5.0
 """How long Python's resource tracker may take to remove the semaphores of workers that were killed."""
 
@@ -32,7 +38,7 @@ class _OwnKernel(KernelSpecManager):
     """`python3` is the running interpreter, whatever kernels the user has installed under that name."""
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+        argv = [sys.executable, "-c", START, "-f", "{connection_file}"]
         return KernelSpec(argv=argv, display_name="Python 3", language="python", name=kernel_name)
 
 

@@ -1,6 +1,7 @@
 """What a stage's notebook calls: the same from JupyterLab and from the pipeline."""
 
 import dataclasses
+import gc
 import os
 import random
 import re
@@ -34,6 +35,8 @@ def begin(namespace: Mapping[str, Any]) -> "Stage":
     Reads `seed`, `threads` and `device` (cpu | cuda | auto) of the parameters cell; see `BaseConfig`.
     """
     os.chdir(project_root())
+    gc.freeze()  # what was imported stays: nothing in it is looked through again for garbage
+    gc.set_threshold(700, 10, 10)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     seed, threads, wanted = int(namespace["seed"]), int(namespace["threads"]), namespace["device"]
     BaseConfig(namespace.get("scale", "by hand"), seed, wanted, threads)
