@@ -224,6 +224,7 @@ def python_of(cell: str) -> str:
     return cell
 
 
+@lru_cache(maxsize=4)  # a module is read twice in a row: for what it does, and for what it imports
 def _parse(source: str) -> ast.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
